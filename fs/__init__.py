@@ -1,0 +1,1 @@
+"""The mounted tree: what users see. Imports store and runtime."""

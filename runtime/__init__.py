@@ -1,0 +1,1 @@
+"""Containers: root filesystems, OCI runtime specs, monitors. Imports store, never fs."""

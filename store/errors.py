@@ -1,0 +1,136 @@
+"""Every failure the store can report, as one tree.
+
+An error carries what a user of the mounted tree gets: the errno the system call
+returns, and one sentence that says what is wrong and what to do about it. Nothing
+here knows about FUSE; the adapter in fs/ turns these into replies.
+"""
+
+import errno
+
+
+class CtrfsError(Exception):
+    """Base of all failures that are part of the interface.
+
+    Args:
+        sentence: one sentence for the user, without a trailing newline.
+
+    The class attribute ``errno`` is the default; a subclass or an instance may
+    narrow it (``SomeError("…", errno=errno.EBUSY)``).
+    """
+
+    errno: int = errno.EIO
+
+    def __init__(self, sentence: str, *, errno: int | None = None) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        if errno is not None:
+            self.errno = errno
+
+
+class StoreError(CtrfsError):
+    """Base of the store's failures."""
+
+
+# --- names and input ---------------------------------------------------------------
+
+
+class InvalidReference(StoreError):
+    """The text is not an image reference."""
+
+    errno = errno.EINVAL
+
+
+class InvalidPlatform(StoreError):
+    """The text is not os/arch[/variant]."""
+
+    errno = errno.EINVAL
+
+
+class ImageNotFound(StoreError):
+    """No image of this name is here, or the registry has none."""
+
+    errno = errno.ENOENT
+
+
+class ImageInUse(StoreError):
+    """The image is needed by a container or a running pull."""
+
+    errno = errno.EBUSY
+
+
+class NoMatchingPlatform(StoreError):
+    """The index lists no manifest for the platform asked for."""
+
+    errno = errno.ENOENT
+
+
+# --- content -----------------------------------------------------------------------
+
+
+class BlobNotFound(StoreError):
+    """No blob with this digest is in the store or in the source."""
+
+    errno = errno.ENOENT
+
+
+class DigestMismatch(StoreError):
+    """Bytes do not hash to the digest they were asked for by."""
+
+
+class SizeMismatch(StoreError):
+    """A blob is shorter or longer than its descriptor says."""
+
+
+class CorruptContent(StoreError):
+    """Content in the store is no longer what was written."""
+
+
+class UnsupportedMediaType(StoreError):
+    """A manifest or layer of a kind this program cannot use."""
+
+    errno = errno.EOPNOTSUPP
+
+
+class InvalidManifest(StoreError):
+    """A manifest, index or image config that breaks its specification."""
+
+
+class InvalidLayer(StoreError):
+    """A layer archive that is damaged or hostile."""
+
+
+class LimitExceeded(StoreError):
+    """Something from outside is larger than a configured limit."""
+
+    errno = errno.EFBIG
+
+
+# --- registries --------------------------------------------------------------------
+
+
+class RegistryError(StoreError):
+    """The registry answered in a way that cannot be used."""
+
+
+class RegistryUnreachable(RegistryError):
+    """No connection to the registry."""
+
+    errno = errno.EHOSTUNREACH
+
+
+class RegistryTimeout(RegistryError):
+    """The registry stopped answering."""
+
+    errno = errno.ETIMEDOUT
+
+
+class RegistryUnauthorized(RegistryError):
+    """Credentials are missing, wrong, or not enough."""
+
+    errno = errno.EACCES
+
+
+class PullCancelled(StoreError):
+    """Nobody waits for this pull any more."""
+
+    errno = errno.EINTR

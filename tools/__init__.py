@@ -1,0 +1,1 @@
+"""The ctrfs command, benchmarks, set-up and demonstration scripts."""
