@@ -1,0 +1,527 @@
+"""Between the kernel and the nodes: pyfuse3's requests in terms of nodes and handles.
+
+Written once for all files; knows nothing of containers or images. What it adds is what
+the protocol needs: inode numbers, open handles, errno, interruption, poll, and the
+record of what failed.
+"""
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import NoReturn
+
+import pyfuse3
+import trio
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    PollHandle,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+)
+
+from fs.automount import Automounts
+from fs.failures import Failures
+from fs.handles import DocumentHandle, Handle
+from fs.inodes import Inodes
+from fs.interrupts import Interrupts
+from fs.nodes import Caller, Directory, File, Link, Mountpoint, Node
+from store.errors import CtrfsError
+
+log = logging.getLogger(__name__)
+
+# pyfuse3 handles this many requests at once; the next waits. Blocked readers count, so
+# it must exceed all that may ever wait; a waiting task costs about 10 kB.
+MAX_REQUESTS = 10_000
+
+NAME_MAX = 255
+
+
+@dataclass(slots=True)
+class _Open:
+    """A handle with what the adapter must remember from open(2)."""
+
+    node: Node
+    handle: Handle
+    caller: Caller
+    poll_wanted: PollHandle | None = None
+    poller: trio.CancelScope | None = None
+    closed: bool = False
+
+
+@dataclass(slots=True)
+class _Listing:
+    """An open directory: its node, and its entries as they were at the first read."""
+
+    node: Directory
+    names: list[str] = field(default_factory=list)
+
+
+class _Attempt:
+    """Runs an operation that may fail or wait: records failures, honours interruption.
+
+    Leaving it always ends in the body's own result or in FUSEError.
+    """
+
+    __slots__ = (
+        "_caller",
+        "_data",
+        "_failures",
+        "_interrupts",
+        "_name",
+        "_node",
+        "_operation",
+        "_scope",
+    )
+
+    def __init__(
+        self,
+        failures: Failures,
+        interrupts: Interrupts,
+        operation: str,
+        node: Node,
+        caller: Caller,
+        name: str,
+        data: bytes,
+    ) -> None:
+        self._failures = failures
+        self._interrupts = interrupts
+        self._operation = operation
+        self._node = node
+        self._caller = caller
+        self._name = name
+        self._data = data
+
+    async def __aenter__(self) -> None:
+        self._scope = self._interrupts.watch(self._caller.pid, self._node)
+        self._scope.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._interrupts.done(self._scope)
+        if self._scope.__exit__(kind, error, trace):
+            raise FUSEError(errno.EINTR)
+        if isinstance(error, Exception) and not isinstance(error, FUSEError):
+            raise FUSEError(self._record(error)) from error
+
+    def _record(self, error: Exception) -> int:
+        if isinstance(error, CtrfsError):
+            code, sentence = error.errno, error.sentence
+        elif isinstance(error, BlockingIOError):
+            return errno.EAGAIN
+        elif isinstance(error, OSError):
+            code, sentence = error.errno or errno.EIO, error.strerror or str(error)
+        else:
+            log.error(
+                "%s of /%s failed unexpectedly", self._operation, self._node.path, exc_info=error
+            )
+            code, sentence = errno.EIO, "internal error; the daemon's log has the details"
+        path = f"{self._node.path}/{self._name}".strip("/")
+        self._failures.add(path, self._operation, self._caller, code, sentence, self._data)
+        self._node.failed(sentence)
+        return code
+
+
+class Adapter(pyfuse3.Operations):
+    """pyfuse3's view of a tree of nodes.
+
+    Args:
+        root: the root directory.
+        failures: where failed operations are recorded.
+        automounts: mounts what Mountpoint nodes stand for.
+        nursery: lives as long as the mount; runs what waits on behalf of poll(2).
+    """
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(
+        self,
+        root: Directory,
+        failures: Failures,
+        automounts: Automounts,
+        nursery: trio.Nursery,
+    ) -> None:
+        super().__init__()
+        self.inodes = Inodes(root)
+        self.interrupts = Interrupts(self.inodes)
+        self._failures = failures
+        self._automounts = automounts
+        self._nursery = nursery
+        self._open: dict[int, _Open] = {}
+        self._listings: dict[int, _Listing] = {}
+        self._next_handle = 1
+
+    # --- failures ------------------------------------------------------------------
+
+    def _attempt(
+        self,
+        operation: str,
+        node: Node,
+        ctx: RequestContext | Caller,
+        name: str = "",
+        data: bytes = b"",
+    ) -> "_Attempt":
+        caller = ctx if isinstance(ctx, Caller) else Caller(ctx.pid, ctx.uid, ctx.gid)
+        return _Attempt(self._failures, self.interrupts, operation, node, caller, name, data)
+
+    # --- names and attributes ------------------------------------------------------
+
+    def _node(self, inode: int) -> Node:
+        try:
+            return self.inodes.node(inode)
+        except KeyError:
+            raise FUSEError(errno.ESTALE) from None
+
+    def _directory(self, inode: int) -> Directory:
+        node = self._node(inode)
+        if not isinstance(node, Directory):
+            raise FUSEError(errno.ENOTDIR)
+        return node
+
+    async def _attributes(self, node: Node, number: int) -> EntryAttributes:
+        size = await node.slow_size()
+        entry = EntryAttributes()
+        entry.st_ino = InodeT(number)
+        entry.st_mode = ModeT(node.file_type | node.mode)
+        entry.st_nlink = 2 if node.file_type == stat.S_IFDIR else 1
+        entry.st_uid = entry.st_gid = 0
+        entry.st_size = node.size() if size is None else size
+        entry.st_blocks = (entry.st_size + 511) // 512
+        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = node.mtime_ns()
+        entry.entry_timeout = node.entry_timeout
+        entry.attr_timeout = node.attr_timeout
+        return entry
+
+    async def _child_attributes(self, node: Node) -> EntryAttributes:
+        """Attributes of a node that the kernel learns of by this reply."""
+        number = self.inodes.add(node)
+        try:
+            return await self._attributes(node, number)
+        except BaseException:
+            self.inodes.forget(number, 1)
+            raise
+
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Find an entry; inside an automount, have the kernel go there instead."""
+        parent = self._directory(parent_inode)
+        async with self._attempt("lookup", parent, ctx):
+            await self._enter(parent)
+            child = parent.lookup(_text(name))
+            if child is None:
+                raise FUSEError(errno.ENOENT)
+            return await self._child_attributes(child)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        """The kernel gives numbers back."""
+        for number, count in inode_list:
+            self.inodes.forget(number, count)
+
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        """stat(2)."""
+        node = self._node(inode)
+        if node.attr_timeout:
+            return await self._attributes(node, inode)
+        async with self._attempt("stat", node, ctx):
+            await self._enter(node)
+            return await self._attributes(node, inode)
+
+    async def _enter(self, node: Node) -> None:
+        """Mount what belongs at an automount and send the caller around again.
+
+        ESTALE makes the kernel repeat the whole path walk (retry_estale in fs/namei.c),
+        which then crosses into the new mount.
+        """
+        if isinstance(node, Mountpoint):
+            await self._automounts.mount(node)
+            raise FUSEError(errno.ESTALE)
+
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """truncate(2) empties what can be emptied. Times are the content's own: setting
+        them is accepted for the sake of `touch` and `cp -p`, and changes nothing."""
+        node = self._node(inode)
+        async with self._attempt("change", node, ctx):
+            if fields.update_mode or fields.update_uid or fields.update_gid:
+                raise CtrfsError("owner and mode are fixed in this tree", errno=errno.EPERM)
+            if fields.update_size:
+                await self._truncate(node, attr.st_size, fh)
+            return await self._attributes(node, inode)
+
+    async def _truncate(self, node: Node, size: int, fh: FileHandleT | None) -> None:
+        if not isinstance(node, File) or not node.writable:
+            raise CtrfsError("this file cannot be written", errno=errno.EACCES)
+        handle = self._open[fh].handle if fh is not None else None
+        if isinstance(handle, DocumentHandle):
+            handle.cut(size)
+        elif size == 0:
+            await node.truncate()
+
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        """Where a link points."""
+        node = self._node(inode)
+        if not isinstance(node, Link):
+            raise FUSEError(errno.EINVAL)
+        async with self._attempt("readlink", node, ctx):
+            return FileNameT((await node.target()).encode())
+
+    async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+        """Never asked: the kernel checks modes itself (default_permissions)."""
+        return True
+
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        """The tree itself takes no space."""
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_blocks = data.f_bfree = data.f_bavail = 0
+        data.f_files = len(self.inodes)
+        data.f_ffree = data.f_favail = 0
+        data.f_namemax = NAME_MAX
+        return data
+
+    # --- directories ---------------------------------------------------------------
+
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        """Begin a listing."""
+        node = self._directory(inode)
+        async with self._attempt("list", node, ctx):
+            await self._enter(node)
+            number = self._new_handle()
+            self._listings[number] = _Listing(node)
+            return FileHandleT(number)
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        """Entries from ``start_id`` on, each with its attributes (READDIRPLUS)."""
+        listing = self._listings[fh]
+        if start_id == 0:
+            listing.names = listing.node.listing()
+        for position in range(start_id, len(listing.names)):
+            name = listing.names[position]
+            child = listing.node.lookup(name)
+            if child is None:
+                continue  # it went away since the listing began
+            try:
+                number = self.inodes.number_for_listing(child)
+                entry = await self._attributes(child, number)
+            except CtrfsError:
+                continue  # as above: its subject is gone
+            number = self.inodes.number_for_listing(child)
+            entry.st_ino = InodeT(number)
+            if not pyfuse3.readdir_reply(
+                token, FileNameT(name.encode("utf-8", "surrogateescape")), entry, position + 1
+            ):
+                return
+            self.inodes.add(child, number)
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        """The listing is done."""
+        del self._listings[fh]
+
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
+    ) -> EntryAttributes:
+        """mkdir(2) creates an object."""
+        parent = self._directory(parent_inode)
+        async with self._attempt("mkdir", parent, ctx, _text(name)):
+            await parent.mkdir(_text(name))
+            child = parent.lookup(_text(name))
+            if child is None:
+                raise FUSEError(errno.ENOENT)
+            return await self._child_attributes(child)
+
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        """rmdir(2) destroys an object with all that is in it, as in cgroupfs."""
+        parent = self._directory(parent_inode)
+        async with self._attempt("rmdir", parent, ctx, _text(name)):
+            child = parent.lookup(_text(name))
+            if child is None:
+                raise FUSEError(errno.ENOENT)
+            if not isinstance(child, Directory):
+                raise FUSEError(errno.ENOTDIR)
+            await parent.rmdir(_text(name))
+            return
+
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        """rename(2) of an object that allows it."""
+        old, new = self._directory(parent_inode_old), self._directory(parent_inode_new)
+        async with self._attempt("rename", old, ctx, _text(name_old)):
+            if flags & pyfuse3.RENAME_EXCHANGE:
+                raise CtrfsError("two names cannot be exchanged here", errno=errno.EINVAL)
+            if old.lookup(_text(name_old)) is None:
+                raise FUSEError(errno.ENOENT)
+            await old.rename(_text(name_old), new, _text(name_new))
+            return
+
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        """Files come and go with their directory."""
+        await self._refuse(
+            parent_inode, name, "rm", "files here go with their directory: rmdir it", ctx
+        )
+
+    async def create(
+        self,
+        parent_inode: InodeT,
+        name: FileNameT,
+        mode: ModeT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """No file can be made; one that stands here already is opened by lookup and open."""
+        await self._refuse(parent_inode, name, "create", "no file can be created here", ctx)
+
+    async def mknod(
+        self,
+        parent_inode: InodeT,
+        name: FileNameT,
+        mode: ModeT,
+        rdev: int,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """As create."""
+        await self._refuse(parent_inode, name, "mknod", "no file can be created here", ctx)
+
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        """As create."""
+        await self._refuse(parent_inode, name, "symlink", "no link can be created here", ctx)
+
+    async def link(
+        self,
+        inode: InodeT,
+        new_parent_inode: InodeT,
+        new_name: FileNameT,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """As create."""
+        await self._refuse(new_parent_inode, new_name, "link", "no link can be created here", ctx)
+
+    async def _refuse(
+        self, parent_inode: int, name: bytes, operation: str, sentence: str, ctx: RequestContext
+    ) -> NoReturn:
+        parent = self._directory(parent_inode)
+        async with self._attempt(operation, parent, ctx, _text(name)):
+            raise CtrfsError(sentence, errno=errno.EPERM)
+
+    # --- open files ----------------------------------------------------------------
+
+    def _new_handle(self) -> int:
+        number = self._next_handle
+        self._next_handle += 1
+        return number
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        """open(2). Root passes the kernel's check of modes, so what a file cannot do at
+        all is refused here, as kernfs does."""
+        node = self._node(inode)
+        if not isinstance(node, File):
+            raise FUSEError(errno.EISDIR)
+        async with self._attempt("open", node, ctx):
+            access = flags & os.O_ACCMODE
+            if access != os.O_RDONLY and not node.writable:
+                raise CtrfsError("this file cannot be written", errno=errno.EACCES)
+            if access != os.O_WRONLY and not node.readable:
+                raise CtrfsError("this file cannot be read", errno=errno.EACCES)
+            handle = await node.open(flags)
+            number = self._new_handle()
+            self._open[number] = _Open(node, handle, Caller(ctx.pid, ctx.uid, ctx.gid))
+            return FileInfo(
+                fh=FileHandleT(number), direct_io=handle.direct_io, keep_cache=handle.keep_cache
+            )
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        """read(2)."""
+        opened = self._open[fh]
+        async with self._attempt("read", opened.node, opened.caller):
+            return await opened.handle.read(off, size)
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        """write(2)."""
+        opened = self._open[fh]
+        async with self._attempt("write", opened.node, opened.caller, data=buf):
+            return await opened.handle.write(off, buf, opened.caller)
+
+    async def flush(self, fh: FileHandleT) -> None:
+        """close(2) of one descriptor."""
+        opened = self._open[fh]
+        async with self._attempt("close", opened.node, opened.caller):
+            await opened.handle.flush()
+            return
+
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        """What was taken is durable already."""
+
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """As fsync."""
+
+    async def release(self, fh: FileHandleT) -> None:
+        """The last descriptor is gone."""
+        opened = self._open.pop(fh)
+        opened.closed = True
+        if opened.poller:
+            opened.poller.cancel()
+        await opened.handle.release()
+
+    # --- poll ----------------------------------------------------------------------
+
+    async def poll(
+        self,
+        inode: InodeT,
+        fh: FileHandleT,
+        poll_handle: PollHandle | None,
+        ctx: RequestContext,
+    ) -> int:
+        """poll(2): what holds now, and a promise to tell when that changes."""
+        opened = self._open[fh]
+        if poll_handle is not None:
+            opened.poll_wanted = poll_handle
+            if opened.poller is None:
+                opened.poller = trio.CancelScope()
+                self._nursery.start_soon(self._notify, opened, opened.poller)
+        return opened.handle.poll()
+
+    async def _notify(self, opened: _Open, scope: trio.CancelScope) -> None:
+        with scope:
+            try:
+                await opened.handle.ready()
+            except CtrfsError:
+                log.debug("the subject of a polled file has gone", exc_info=True)
+        opened.poller = None
+        if not opened.closed and opened.poll_wanted is not None:
+            opened.poll_wanted.notify()
+            opened.poll_wanted = None
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

@@ -1,0 +1,71 @@
+"""Mounting the content of Mountpoint nodes over them when it is used, and not longer.
+
+An image's rootfs is a directory of the tree whose content the kernel serves: the first
+use mounts it, and it is unmounted when nobody has used it for a while.
+"""
+
+import logging
+from collections.abc import Hashable
+
+import trio
+
+from fs.nodes import Mountpoint
+from runtime import linux
+
+log = logging.getLogger(__name__)
+
+# An idle mount costs a superblock and dentries; an image that is looked at again after
+# a minute or two is mounted again in a few milliseconds.
+EXPIRE_SECONDS = 60.0
+
+
+class Automounts:
+    """What is mounted over the nodes of one tree.
+
+    Args:
+        mountpoint: where the tree itself is mounted.
+    """
+
+    def __init__(self, mountpoint: str) -> None:
+        self._mountpoint = mountpoint.rstrip("/")
+        self._locks: dict[Hashable, trio.Lock] = {}
+        self._mounted: dict[Hashable, str] = {}
+
+    async def mount(self, node: Mountpoint) -> None:
+        """Mount the content of the node unless it is there already.
+
+        Raises:
+            CtrfsError: it cannot be mounted.
+        """
+        lock = self._locks.setdefault(node.key, trio.Lock())
+        target = f"{self._mountpoint}/{node.path}"
+        async with lock:
+            if not await trio.to_thread.run_sync(linux.is_mountpoint, target):
+                await node.mount_at(target)
+            self._mounted[node.key] = target
+
+    async def unmount_below(self, path: str) -> bool:
+        """Unmount all at and below a path of the tree; False if some of it is in use."""
+        prefix = f"{self._mountpoint}/{path}"
+        for key, target in list(self._mounted.items()):
+            if target == prefix or target.startswith(prefix + "/"):
+                try:
+                    await trio.to_thread.run_sync(linux.umount, target)
+                except OSError as error:
+                    if await trio.to_thread.run_sync(linux.is_mountpoint, target):
+                        log.debug("%s stays mounted: %s", target, error)
+                        return False
+                self._drop(key)
+        return True
+
+    async def run(self) -> None:
+        """Unmount what has not been used, until cancelled."""
+        while True:
+            await trio.sleep(EXPIRE_SECONDS)
+            for key, target in list(self._mounted.items()):
+                if await trio.to_thread.run_sync(linux.expire_mount, target):
+                    self._drop(key)
+
+    def _drop(self, key: Hashable) -> None:
+        del self._mounted[key]
+        self._locks.pop(key, None)

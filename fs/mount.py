@@ -1,0 +1,52 @@
+"""Serving a tree at a mountpoint until told to stop."""
+
+import logging
+from collections.abc import Callable
+
+import pyfuse3
+import trio
+
+from fs.adapter import MAX_REQUESTS, Adapter
+from fs.automount import Automounts
+from fs.failures import Failures
+from fs.nodes import Directory
+
+log = logging.getLogger(__name__)
+
+# The kernel checks owners and modes, for all users.
+OPTIONS = frozenset({"default_permissions", "allow_other", "fsname=ctrfs", "subtype=ctrfs"})
+
+
+async def serve(
+    root: Directory,
+    mountpoint: str,
+    failures: Failures,
+    automounts: Automounts,
+    ready: Callable[[], None],
+    stop: trio.Event,
+) -> None:
+    """Mount the tree, call ``ready``, and serve until ``stop`` is set or it is unmounted.
+
+    Raises:
+        RuntimeError: libfuse cannot mount; it has said why on standard error.
+    """
+    async with trio.open_nursery() as nursery:
+        adapter = Adapter(root, failures, automounts, nursery)
+        pyfuse3.init(adapter, mountpoint, set(OPTIONS))
+        try:
+            nursery.start_soon(adapter.interrupts.run)
+            nursery.start_soon(automounts.run)
+            nursery.start_soon(_main, nursery.cancel_scope)
+            ready()
+            await stop.wait()
+            nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await automounts.unmount_below("")
+            pyfuse3.close()
+
+
+async def _main(scope: trio.CancelScope) -> None:
+    """Handle requests; when the mount is gone, everything ends."""
+    await pyfuse3.main(max_tasks=MAX_REQUESTS)
+    scope.cancel()
