@@ -114,7 +114,8 @@ class _Attempt:
         trace: TracebackType | None,
     ) -> None:
         self._interrupts.done(self._scope)
-        if self._scope.__exit__(kind, error, trace):
+        self._scope.__exit__(kind, error, trace)
+        if self._scope.cancelled_caught:
             raise FUSEError(errno.EINTR)
         if isinstance(error, Exception) and not isinstance(error, FUSEError):
             raise FUSEError(self._record(error)) from error
@@ -524,4 +525,7 @@ class Adapter(pyfuse3.Operations):
 
 
 def _text(name: bytes) -> str:
+    """The name as text. The kernel lets names of up to 1024 bytes through to FUSE."""
+    if len(name) > NAME_MAX:
+        raise FUSEError(errno.ENAMETOOLONG)
     return name.decode("utf-8", "surrogateescape")

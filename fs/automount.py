@@ -46,7 +46,7 @@ class Automounts:
 
     async def unmount_below(self, path: str) -> bool:
         """Unmount all at and below a path of the tree; False if some of it is in use."""
-        prefix = f"{self._mountpoint}/{path}"
+        prefix = f"{self._mountpoint}/{path}".rstrip("/")
         for key, target in list(self._mounted.items()):
             if target == prefix or target.startswith(prefix + "/"):
                 try:

@@ -119,6 +119,7 @@ class SettingHandle(TextHandle):
 
     async def write(self, offset: int, data: bytes, caller: "Caller") -> int:
         """Set or add to the content."""
+        self._emptied = False
         if self._append:
             await self._node.append(decode(data))
         else:
@@ -129,11 +130,7 @@ class SettingHandle(TextHandle):
                 raise HandleError(f"more than {MAX_TEXT} bytes", errno=errno.EFBIG)
             await self._node.replace(decode(text))
             self._written = text
-        self._emptied = False
         return len(data)
-
-    async def release(self) -> None:
-        """Nothing is left to do: what was written counted at once."""
 
     async def flush(self) -> None:
         """Carry out `: > file`."""
@@ -160,6 +157,7 @@ class DocumentHandle(TextHandle):
         if self._append:
             offset = len(self._draft)
         if offset + len(data) > MAX_TEXT:
+            self._draft, self._dirty, self._emptied = None, False, False
             raise HandleError(f"more than {MAX_TEXT} bytes", errno=errno.EFBIG)
         if offset > len(self._draft):
             self._draft += bytes(offset - len(self._draft))

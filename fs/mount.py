@@ -13,6 +13,11 @@ from fs.nodes import Directory
 
 log = logging.getLogger(__name__)
 
+# pyfuse3 ends a task that waits for a request when more than this many do, and starts one
+# when none does. With its default of 1 nearly every request starts and ends a task, which
+# costs a stat(2) 108 µs instead of 59 µs; an idle task costs some kilobytes.
+IDLE_TASKS = 10
+
 # The kernel checks owners and modes, for all users.
 OPTIONS = frozenset({"default_permissions", "allow_other", "fsname=ctrfs", "subtype=ctrfs"})
 
@@ -48,5 +53,5 @@ async def serve(
 
 async def _main(scope: trio.CancelScope) -> None:
     """Handle requests; when the mount is gone, everything ends."""
-    await pyfuse3.main(max_tasks=MAX_REQUESTS)
+    await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_REQUESTS)
     scope.cancel()

@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, NoReturn
 
 from fs.handles import (
@@ -128,16 +129,16 @@ class Directory(Node):
     file_type = stat.S_IFDIR
     attr_timeout = STABLE_SECONDS
     files: ClassVar[tuple[type[Node], ...]] = ()
-    _declared: ClassVar[dict[str, type[Node]]] = {}
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
+    @classmethod
+    @cache
+    def _declared(cls) -> "dict[str, type[Node]]":
         declared: tuple[type[Node], ...] = (Readme, *cls.files)
-        cls._declared = {node.name: node for node in declared}
+        return {node.name: node for node in declared}
 
     def lookup(self, name: str) -> Node | None:
         """The entry called ``name``, or None."""
-        declared = self._declared.get(name)
+        declared = self._declared().get(name)
         if declared is None:
             return self.find(name)
         node = declared(self)
@@ -145,7 +146,8 @@ class Directory(Node):
 
     def listing(self) -> list[str]:
         """Names of all entries, declared ones first."""
-        return [*self._declared, *(name for name in self.dynamic() if name not in self._declared)]
+        declared = self._declared()
+        return [*declared, *(name for name in self.dynamic() if name not in declared)]
 
     def find(self, name: str) -> Node | None:
         """An entry that is not declared for all directories of this class."""
