@@ -244,6 +244,13 @@ class Adapter(pyfuse3.Operations):
             await self._enter(node)
             return await self._attributes(node, inode)
 
+    def changed(self, directory: Directory) -> None:
+        """Have the kernel ask anew for the attributes of the files declared for a directory."""
+        for key in directory.declared_keys():
+            number = self.inodes.known(key)
+            if number is not None:
+                pyfuse3.invalidate_inode(InodeT(number), attr_only=True)
+
     async def _enter(self, node: Node) -> None:
         """Mount what belongs at an automount and send the caller around again.
 

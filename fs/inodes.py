@@ -27,9 +27,9 @@ class Inodes:
         """The node with this number. Raises KeyError when the kernel was never told of it."""
         return self._nodes[number]
 
-    def known(self, node: Node) -> int | None:
-        """The number of the node, if the kernel holds one."""
-        return self._numbers.get(node.key)
+    def known(self, key: Hashable) -> int | None:
+        """The number of the node with this key, if the kernel holds one."""
+        return self._numbers.get(key)
 
     def number_for_listing(self, node: Node) -> int:
         """A number for a directory entry; it counts as a lookup once ``add`` is called."""

@@ -82,7 +82,7 @@ class Interrupts:
                 # Somebody else uses the descriptor: `cat < wait`, `cat <&3`.
                 if readers is None:
                     readers = tasks_in_fuse()
-                pids = readers.get(self._inodes.known(waiter.node) or 0, [])
+                pids = readers.get(self._inodes.known(waiter.node.key) or 0, [])
             if any(must_stop(pid) for pid in pids):
                 found.append(scope)
         return found

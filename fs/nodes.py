@@ -144,6 +144,10 @@ class Directory(Node):
         node = declared(self)
         return node if node.exists() else None
 
+    def declared_keys(self) -> Iterable[Hashable]:
+        """Keys of the files declared for this directory."""
+        return ((self.key, name) for name in self._declared())
+
     def listing(self) -> list[str]:
         """Names of all entries, declared ones first."""
         declared = self._declared()
