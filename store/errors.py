@@ -6,6 +6,8 @@ here knows about FUSE; the adapter in fs/ turns these into replies.
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class CtrfsError(Exception):
@@ -29,6 +31,42 @@ class CtrfsError(Exception):
 
 class StoreError(CtrfsError):
     """Base of the store's failures."""
+
+
+class StoreInUse(StoreError):
+    """Another process has the store open."""
+
+    errno = errno.EBUSY
+
+
+class StorageFailed(StoreError):
+    """The disk below the store is full, over quota, read-only or broken."""
+
+
+@contextmanager
+def storage(doing: str) -> Iterator[None]:
+    """Turn an OSError in the block into StorageFailed with the same errno.
+
+    Args:
+        doing: what the block does, for the sentence: ``"writing /var/lib/…"``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(
+            f"{doing} failed: {error.strerror}; {_REMEDIES.get(error.errno or 0, _CHECK_DISK)}",
+            errno=error.errno,
+        ) from error
+
+
+_CHECK_DISK = "look into the kernel's log for what is wrong with the disk"
+_REMEDIES = {
+    errno.ENOSPC: "free some space there and try again",
+    errno.EDQUOT: "raise the quota or free some space there and try again",
+    errno.EROFS: "mount the filesystem read-write",
+    errno.EACCES: "run ctrfs as root",
+    errno.EPERM: "run ctrfs as root",
+}
 
 
 # --- names and input ---------------------------------------------------------------
@@ -109,19 +147,45 @@ class LimitExceeded(StoreError):
 
 
 class RegistryError(StoreError):
-    """The registry answered in a way that cannot be used."""
+    """The registry answered in a way that cannot be used.
+
+    ``transient`` says that the same request may well succeed later, ``retry_after`` after
+    how many seconds the registry wants to be asked again (0 if it did not say).
+    """
+
+    transient = False
+    retry_after = 0.0
 
 
 class RegistryUnreachable(RegistryError):
     """No connection to the registry."""
 
     errno = errno.EHOSTUNREACH
+    transient = True
 
 
 class RegistryTimeout(RegistryError):
     """The registry stopped answering."""
 
     errno = errno.ETIMEDOUT
+    transient = True
+
+
+class ConnectionLost(RegistryError):
+    """The connection ended in the middle of an answer."""
+
+    transient = True
+
+
+class RegistryOverloaded(RegistryError):
+    """The registry asks for patience (429) or fails for now (5xx)."""
+
+    errno = errno.EBUSY
+    transient = True
+
+    def __init__(self, sentence: str, retry_after: float = 0.0) -> None:
+        super().__init__(sentence)
+        self.retry_after = retry_after
 
 
 class RegistryUnauthorized(RegistryError):

@@ -1,0 +1,73 @@
+"""The store's settings: registries, limits on what comes from outside, patience."""
+
+import msgspec
+
+from store.platform import Platform, host_platform
+from store.unpack import LayerLimits
+
+
+class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How to talk to one registry.
+
+    ``ca`` is a file with the certificates of the authorities to trust for this host, instead
+    of the system's. ``mirrors`` are asked first, in order; each is a ``host[:port]`` that may
+    have settings of its own. Without ``plain_http`` only loopback addresses may be spoken to
+    without TLS.
+    """
+
+    ca: str | None = None
+    insecure_skip_verify: bool = False
+    plain_http: bool = False
+    mirrors: tuple[str, ...] = ()
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How long an image's documents may be, in bytes; longer ones are refused, not cut off."""
+
+    # The OCI distribution specification tells registries to accept at least 4 MiB and most
+    # accept no more.
+    manifest_bytes: int = 4 << 20
+    # Configurations of real images are below 100 KB; one is held in memory per image.
+    config_bytes: int = 4 << 20
+
+
+class Patience(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How long and how often to try."""
+
+    # Three SYN retransmissions (1 + 2 + 4 s) fit in.
+    connect_seconds: float = 10.0
+    # Between two pieces of an answer. Registries that fetch a blob from cold storage first
+    # were seen to take half a minute.
+    read_seconds: float = 60.0
+    # For a whole manifest, configuration or token, which are at most some megabytes.
+    document_seconds: float = 120.0
+    # Attempts in a row without progress. With the pauses below they span half a minute, the
+    # time a registry behind a load balancer needs to be restarted.
+    attempts: int = 6
+    # Before the second attempt; doubled each time, and up to half of it again by chance so
+    # that many clients don't come back at once.
+    backoff_seconds: float = 0.5
+    # A registry that asks for more patience than this (Retry-After) gets an error instead of
+    # a user who waits and does not know why.
+    retry_after_seconds: float = 60.0
+
+
+class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All settings of the store."""
+
+    registries: dict[str, HostConfig] = msgspec.field(default_factory=dict)
+    # Where `docker login` puts credentials; None: $DOCKER_CONFIG or ~/.docker.
+    docker_config: str | None = None
+    limits: Limits = msgspec.field(default_factory=Limits)
+    layers: LayerLimits = msgspec.field(default_factory=LayerLimits)
+    patience: Patience = msgspec.field(default_factory=Patience)
+    # Layers in transfer at once, over all pulls. Each has a thread that receives and one that
+    # unpacks; docker and containerd take three at a time too.
+    parallel_layers: int = 3
+    # Image platform to choose; None: this machine's.
+    platform: Platform | None = None
+
+    @property
+    def wanted_platform(self) -> Platform:
+        """The platform to choose where a pull names none."""
+        return self.platform or host_platform()
