@@ -1,0 +1,385 @@
+"""The unpacked layers in the store, and the images that the kernel mounts of them.
+
+    layers/<diff_id hex>/layer.json   LayerRecord: what there is, and whether it is on disk for sure
+                         data         file contents, each at a multiple of 4096; absent if none
+                         index        the archive's entries (index.py)
+                         meta.erofs   the layer as it is when no layer is below it
+    layers/chains/<key>/meta.erofs    a layer as it is above certain others (see ``mountable``)
+                        data          its own contents and what it links to in them; mostly absent
+    layers/tmp/                       what is being made; emptied at start
+
+A layer appears by one rename, complete or not at all.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from store.cas import Digest, sync_directory
+from store.erofs import write_image
+from store.errors import CorruptContent, InvalidLayer, storage
+from store.index import read_index
+from store.tar import shown
+from store.tree import Builder, Tree
+from store.unpack import ALIGNMENT, LayerLimits, unpack_blob
+
+__all__ = ["Layer", "LayerImage", "LayerLimits", "Layers"]
+
+logger = logging.getLogger(__name__)
+
+# A mount directory's name is this much of a hash. 96 bits: nobody can make a layer whose name
+# equals that of another's layer, and 128 relative names fit into overlayfs' option page.
+_KEY_LENGTH = 24
+
+
+class LayerRecord(msgspec.Struct, frozen=True):
+    """``layer.json``."""
+
+    format: int
+    diff_id: str
+    data_size: int
+    inodes: int
+    # The tree depends on lower layers / only its root's attributes do.
+    depends: bool
+    root_depends: bool
+    # Why the layer can't be used as the lowest one; empty if it can.
+    needs_lower: str
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """A layer that is here. ``data_size`` in bytes; ``data`` is None when it is 0."""
+
+    diff_id: Digest
+    directory: Path
+    data_size: int
+    inodes: int
+    record: LayerRecord
+
+    @property
+    def data(self) -> Path | None:
+        return self.directory / "data" if self.data_size else None
+
+    @property
+    def index(self) -> Path:
+        return self.directory / "index"
+
+
+class LayerImage(msgspec.Struct, frozen=True):
+    """What to mount for a layer: ``meta`` is the EROFS image, ``data`` its ``device=`` (or None).
+
+    Equal keys mean the same image; a key is a good name for a mount directory.
+    """
+
+    key: str
+    meta: Path
+    data: Path | None
+
+
+_FORMAT = 1
+
+
+class Layers:
+    """All layers in a directory. Safe to use from several threads; one process at a time."""
+
+    def __init__(self, directory: Path, limits: LayerLimits | None = None) -> None:
+        self._directory = directory
+        self._limits = limits or LayerLimits()
+        self._chains = directory / "chains"
+        self._temporary = directory / "tmp"
+        self._building = threading.Lock()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(mode=0o700)
+        self._chains.mkdir(mode=0o700, exist_ok=True)
+        self._layers: dict[str, Layer] = {}
+        for path in directory.iterdir():
+            layer = self._load(path)
+            if layer is not None:
+                self._layers[layer.diff_id] = layer
+
+    def get(self, diff_id: Digest) -> Layer | None:
+        """The layer, from memory; None when it isn't here."""
+        return self._layers.get(diff_id)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(list(self._layers.values()))
+
+    def remove(self, diff_id: Digest) -> None:
+        """Delete a layer and the chains it is part of; nothing may have it mounted. Idempotent."""
+        layer = self._layers.pop(diff_id, None)
+        if layer is None:
+            return
+        with self._building:
+            for chain in self._chains.iterdir():
+                if diff_id in (chain / "diff_ids").read_text().split():
+                    self._delete(chain)
+        self._delete(layer.directory)
+
+    def unpack(
+        self,
+        chunks: Iterator[bytes],
+        media_type: str,
+        diff_id: Digest,
+        cancelled: Callable[[], bool],
+    ) -> Layer:
+        """Make a layer of a blob's bytes, in one pass.
+
+        Args:
+            chunks: the blob, verified by the caller or by whoever checks the digest at its end: an
+                exception from the iterator abandons the layer. It is advanced only in
+                the calling thread.
+            media_type: the layer descriptor's.
+            diff_id: what the inflated archive must hash to.
+            cancelled: asked about every 2 ms of work.
+
+        Raises:
+            InvalidLayer, LimitExceeded, DigestMismatch, UnsupportedMediaType: the blob is at fault.
+            PullCancelled: ``cancelled()`` returned true.
+            StoreError: the disk is full or failed, with its errno.
+
+        After an exception nothing is left. A hard link that only a lower layer can
+        satisfy is checked by ``mountable``.
+        """
+        existing = self.get(diff_id)
+        if existing is not None:
+            return existing
+        target = self._directory / _hex(diff_id)
+        with self._workspace() as workspace:
+            unpacked = unpack_blob(
+                chunks,
+                media_type,
+                diff_id,
+                workspace / "data",
+                workspace / "index",
+                self._limits,
+                cancelled,
+            )
+            tree = unpacked.tree
+            if not unpacked.data_size:
+                (workspace / "data").unlink()
+            record = LayerRecord(
+                format=_FORMAT,
+                diff_id=diff_id,
+                data_size=unpacked.data_size,
+                inodes=_write_meta(workspace, tree, unpacked.data_size, _hex(diff_id)),
+                depends=tree.depends,
+                root_depends=tree.root_depends,
+                needs_lower=_why_unresolved(tree),
+            )
+            (workspace / "layer.json").write_bytes(msgspec.json.encode(record))
+            self._publish(workspace, target)
+        layer = self._load(target)
+        assert layer is not None
+        self._layers[diff_id] = layer
+        return layer
+
+    def mountable(self, diff_ids: Sequence[Digest]) -> tuple[LayerImage, ...]:
+        """The images to stack for these layers, bottom first, one for each.
+
+        Most layers have one image for all stacks. A layer whose archive leaves out parent
+        directories, deletes names, or links to files below needs one that is made
+        for the layers below it; it is made once, from the index, and kept. So does
+        a topmost layer that doesn't list its root directory, since overlayfs shows the
+        topmost root's attributes.
+
+        Raises:
+            CorruptContent: a layer isn't here (any more).
+            InvalidLayer: the layers don't fit together, as when a hard link's target is nowhere.
+            StoreError: the disk is full or failed, with its errno.
+        """
+        with self._building:
+            stack = _Stack([self._present(diff_id) for diff_id in diff_ids])
+            for position in range(len(diff_ids)):
+                stack.images.append(self._image(stack, position))
+            return tuple(stack.images)
+
+    def _present(self, diff_id: Digest) -> Layer:
+        layer = self.get(diff_id)
+        if layer is None:
+            raise CorruptContent(
+                f"the unpacked layer {diff_id} is missing from {self._directory}; "
+                "pull the image again"
+            )
+        return layer
+
+    def _image(self, stack: "_Stack", position: int) -> LayerImage:
+        layer = stack.layers[position]
+        on_top = position == len(stack.layers) - 1
+        if position == 0 and layer.record.needs_lower:
+            raise InvalidLayer(layer.record.needs_lower)
+        if position and (layer.record.depends or (on_top and layer.record.root_depends)):
+            return self._chain_image(stack, position)
+        return LayerImage(
+            _hex(layer.diff_id)[:_KEY_LENGTH], layer.directory / "meta.erofs", layer.data
+        )
+
+    def _chain_image(self, stack: "_Stack", position: int) -> LayerImage:
+        diff_ids = "\n".join(layer.diff_id for layer in stack.layers[: position + 1])
+        key = hashlib.sha256(diff_ids.encode()).hexdigest()
+        directory = self._chains / key
+        layer = stack.layers[position]
+        if not directory.exists():
+            tree = stack.tree(position)
+            with self._workspace() as workspace:
+                if tree.unresolved:
+                    raise InvalidLayer(_why_unresolved(tree))
+                data_size = layer.data_size
+                if tree.borrowed:
+                    data_size = stack.gather_data(position, workspace / "data")
+                _write_meta(workspace, tree, data_size, key)
+                (workspace / "diff_ids").write_text(diff_ids)
+                self._publish(workspace, directory)
+        data = directory / "data"
+        return LayerImage(
+            key[:_KEY_LENGTH],
+            directory / "meta.erofs",
+            data if data.exists() else layer.data,
+        )
+
+    def _load(self, path: Path) -> Layer | None:
+        """The layer in a directory; None when there is none that can be used."""
+        try:
+            record = msgspec.json.decode((path / "layer.json").read_bytes(), type=LayerRecord)
+        except FileNotFoundError:
+            return None
+        except (msgspec.MsgspecError, OSError) as error:
+            logger.warning("ignoring the layer in %s: %s", path, error)
+            return None
+        if record.format != _FORMAT or _hex(record.diff_id) != path.name:
+            logger.warning("ignoring the layer in %s: it is of another version", path)
+            return None
+        return Layer(Digest(record.diff_id), path, record.data_size, record.inodes, record)
+
+    @contextmanager
+    def _workspace(self) -> Iterator[Path]:
+        """A directory that is removed at the end unless it was renamed."""
+        with storage(f"writing a layer to {self._directory}"):
+            path = Path(tempfile.mkdtemp(dir=self._temporary))
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _publish(self, workspace: Path, target: Path) -> None:
+        """Give a finished directory its name, unless another thread was faster."""
+        for path in workspace.iterdir():
+            _sync(path)
+        sync_directory(workspace)
+        try:
+            workspace.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        sync_directory(target.parent)
+
+    def _delete(self, directory: Path) -> None:
+        """Remove a directory at one stroke, then its files."""
+        with self._workspace() as workspace, suppress(FileNotFoundError):
+            directory.rename(workspace / "deleted")
+
+
+class _Stack:
+    """The layers of one image, bottom first, their images, and their trees if needed."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+        self.images: list[LayerImage] = []
+        self._trees: list[Tree] = []
+        self._copies: list[list[_Copy]] = []
+
+    def tree(self, position: int) -> Tree:
+        """The tree of a layer over those below it. Raises InvalidLayer."""
+        while len(self._trees) <= position:
+            number = len(self._trees)
+            lowers = tuple(tree.root for tree in reversed(self._trees))
+            builder = Builder(lowers, number)
+            for entry in read_index(self.layers[number].index):
+                builder.add(entry)
+            tree = builder.finish()
+            self._copies.append(_give_places(tree, number, self.layers[number].data_size))
+            self._trees.append(tree)
+        return self._trees[position]
+
+    def gather_data(self, position: int, target: Path) -> int:
+        """Write a data file with the layer's own contents and those it borrows; its size."""
+        own = self.layers[position]
+        with target.open("xb") as file:
+            if own.data is not None:
+                _copy(own.data, 0, own.data_size, file.fileno(), 0)
+            end = own.data_size
+            for copy in self._copies[position]:
+                data = self.images[copy.origin].data
+                assert data is not None
+                _copy(data, copy.source, copy.size, file.fileno(), copy.target)
+                end = copy.target + copy.size
+            end += -end % ALIGNMENT
+            file.truncate(end)
+        return end
+
+
+class _Copy(msgspec.Struct, frozen=True):
+    """Content of the layer at position ``origin`` that another layer needs."""
+
+    origin: int
+    source: int
+    size: int
+    target: int
+
+
+def _give_places(tree: Tree, position: int, end: int) -> list[_Copy]:
+    """Append what a tree borrows to its own data file, which ends at ``end``."""
+    copies = []
+    for node in tree.borrowed:
+        copies.append(_Copy(node.origin, node.offset, node.size, end))
+        node.origin = position
+        node.offset = end
+        end += node.size + -node.size % ALIGNMENT
+    return copies
+
+
+def _copy(source: Path, offset: int, size: int, target_fd: int, target: int) -> None:
+    with source.open("rb") as file:
+        while size:
+            done = os.copy_file_range(file.fileno(), target_fd, size, offset, target)
+            if not done:
+                raise CorruptContent(f"{source} is shorter than it was; pull the image again")
+            offset += done
+            target += done
+            size -= done
+
+
+def _write_meta(workspace: Path, tree: Tree, data_size: int, identity: str) -> int:
+    """Write ``meta.erofs``; the number of inodes."""
+    with (workspace / "meta.erofs").open("xb") as file:
+        return write_image(tree.root, file, data_size, bytes.fromhex(identity)[:16]).inodes
+
+
+def _why_unresolved(tree: Tree) -> str:
+    if not tree.unresolved:
+        return ""
+    path, target = tree.unresolved[0]
+    return (
+        f"{shown(path)} in the layer is a hard link to {shown(target)}, which is neither in the "
+        "layer nor below it; the image has to be built again"
+    )
+
+
+def _hex(diff_id: str) -> str:
+    return diff_id.removeprefix("sha256:")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

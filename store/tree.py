@@ -1,0 +1,461 @@
+"""The file tree of one layer, built from its entries, alone or over the layers below.
+
+A layer's archive says less than a mountable layer must: it may leave out parent
+directories (they keep the attributes that lower layers gave them), delete names that
+do not exist, link to files of lower layers, or name a file below a symbolic link. So
+the same entries can mean different trees over different lower layers. The rules are
+those of umoci and of the OCI image specification ("layer.md"):
+
+- Later entries replace earlier ones; a directory entry for an existing directory
+  only changes its attributes.
+- ``.wh.NAME`` and ``.wh..wh..opq`` hide what lower layers have, never what this layer has,
+  wherever in the archive they stand. Other names that begin with ``.wh..wh.`` are
+  left-overs of aufs and ignored with all below them.
+- Missing parents are made; a parent that is a symbolic link is followed inside the tree,
+  with the root as ``/`` and as its own ``..``. So no entry leads out of the layer, whatever
+  links it goes through: there is no real directory involved.
+
+Nothing here keeps references from a child to its parent: the structures are exempt
+from garbage collection (``gc=False``), which for a million of them matters.
+"""
+
+import stat
+from collections.abc import Iterator
+
+import msgspec
+
+from store.errors import InvalidLayer, LimitExceeded
+from store.index import Entry
+from store.tar import NAME_MAX, shown
+
+WHITEOUT_PREFIX = b".wh."
+OPAQUE_MARKER = b".wh..wh..opq"
+_RESERVED_PREFIX = b".wh..wh."
+
+# As the kernel (path_resolution(7)); and no path or chain of links that anyone uses has
+# more components than this, while a hostile one could cost hours.
+_MAX_LINKS = 40
+_MAX_STEPS = 4096
+
+# Paths of directories that are kept to find parents at once.
+_MAX_KNOWN = 20_000
+
+
+class Node(msgspec.Struct, gc=False):
+    """An inode of the tree. ``offset`` and ``size`` are those of its content in the data file.
+
+    ``nlink`` counts the names (for a directory, as Unix does). ``origin`` is the position of
+    the layer whose data file holds the content. ``nid`` belongs to the EROFS writer.
+    """
+
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    seconds: int = 0
+    nanoseconds: int = 0
+    size: int = 0
+    offset: int = 0
+    rdev: int = 0
+    link: bytes = b""
+    xattrs: dict[bytes, bytes] | None = None
+    nlink: int = 1
+    origin: int = 0
+    nid: int = 0
+
+
+class Directory(Node, gc=False):
+    """A directory with its names.
+
+    ``lowers`` are the directories of lower layers that it is merged with, highest first;
+    ``opaque`` means that they are hidden.
+    """
+
+    children: dict[bytes, Node] = msgspec.field(default_factory=dict)
+    lowers: tuple["Directory", ...] = ()
+    opaque: bool = False
+
+
+class Tree(msgspec.Struct, frozen=True, gc=False):
+    """A layer's finished tree.
+
+    ``unresolved`` are hard links whose target is neither in the layer nor below it: pairs of
+    their own and the target's path. ``borrowed`` are nodes whose content lies in a lower
+    layer's data file. ``depends`` says that the tree would be another one over
+    (other) lower layers; ``root_depends``, that the root directory's attributes would.
+    """
+
+    root: Directory
+    unresolved: tuple[tuple[bytes, bytes], ...]
+    borrowed: tuple[Node, ...]
+    depends: bool
+    root_depends: bool
+
+
+def is_whiteout(node: Node) -> bool:
+    """True for a deleted name: a character device 0:0, which no layer can hold otherwise."""
+    return node.mode == stat.S_IFCHR and node.rdev == 0
+
+
+class Builder:
+    """Applies a layer's entries in order.
+
+    Args:
+        lowers: roots of the trees of the layers below, highest first.
+        position: which layer of its image this is, 0 the lowest.
+        max_inodes: LimitExceeded above this many, made-up parents included.
+    """
+
+    def __init__(
+        self, lowers: tuple[Directory, ...] = (), position: int = 0, max_inodes: int = 1 << 31
+    ) -> None:
+        self._position = position
+        self._room = max_inodes
+        self._max_inodes = max_inodes
+        self._unresolved: list[tuple[bytes, bytes]] = []
+        self._borrowed: list[Node] = []
+        self._whiteout = Node(stat.S_IFCHR, nlink=0)
+        self._whiteouts: list[tuple[Directory, bytes]] = []
+        self._depends = False
+        self._root_depends = True
+        self._root = _implied(lowers, Entry(b"", 0))
+        # Directories by the names that entries called them.
+        self._known: dict[bytes, Directory] = {b"": self._root}
+
+    def add(self, entry: Entry) -> None:
+        """Apply one entry. Raises InvalidLayer or LimitExceeded."""
+        path = entry.path
+        parent_path, _, name = path.rpartition(b"/")
+        if b".wh." in path and self._apply_marker(entry, parent_path, name):
+            return
+        if not name:
+            self._set_root(entry)
+            return
+        parent = self._known.get(parent_path)
+        if parent is None:
+            parent = self._find(parent_path, entry)
+        existing = parent.children.get(name)
+        if stat.S_ISDIR(entry.mode):
+            self._add_directory(parent, name, existing, entry)
+            return
+        if entry.mode:
+            self._count(name, entry)
+            node = Node(
+                entry.mode,
+                entry.uid,
+                entry.gid,
+                entry.seconds,
+                entry.nanoseconds,
+                entry.size,
+                entry.offset,
+                entry.rdev,
+                entry.link,
+                entry.xattrs,
+                0,
+                self._position,
+            )
+        else:
+            target = self._link_target(entry)
+            if target is None or target is existing:
+                return
+            # The search may have made the very name that is to be the link.
+            existing = parent.children.get(name)
+            node = target
+        if existing is not None:
+            self._discard(parent, existing)
+        node.nlink += 1
+        parent.children[name] = node
+
+    def finish(self) -> Tree:
+        """The tree; the builder must not be used after that."""
+        for directory, name in self._whiteouts:
+            if directory.children.get(name) is self._whiteout:
+                if _lower(directory, name)[0] is None:
+                    del directory.children[name]
+                else:
+                    self._whiteout.nlink += 1
+        return Tree(
+            self._root,
+            tuple(self._unresolved),
+            tuple(self._borrowed),
+            self._depends,
+            self._root_depends,
+        )
+
+    # --- kinds of entries -----------------------------------------------------------
+
+    def _apply_marker(self, entry: Entry, parent_path: bytes, name: bytes) -> bool:
+        """Apply a whiteout or an opaque marker; False when the entry is neither."""
+        if name == OPAQUE_MARKER:
+            self._depends = True
+            directory = self._find_existing(parent_path, entry)
+            if directory is not None:
+                _hide_lowers(directory)
+            return True
+        if any(part.startswith(_RESERVED_PREFIX) for part in entry.path.split(b"/")):
+            return True
+        if not name.startswith(WHITEOUT_PREFIX):
+            return False
+        name = name[len(WHITEOUT_PREFIX) :]
+        if name in (b"", b".", b".."):
+            raise InvalidLayer(
+                f"{shown(entry.path)} in the layer marks no name as deleted; do not use this image"
+            )
+        self._depends = True
+        directory = self._find_existing(parent_path, entry)
+        if directory is not None:
+            self._hide(directory, name)
+        return True
+
+    def _hide(self, directory: Directory, name: bytes) -> None:
+        existing = directory.children.get(name)
+        if existing is None:
+            directory.children[name] = self._whiteout
+            self._whiteouts.append((directory, name))
+        elif type(existing) is Directory:
+            _hide_lowers(existing)
+
+    def _set_root(self, entry: Entry) -> None:
+        if not stat.S_ISDIR(entry.mode):
+            raise InvalidLayer(
+                "the layer's entry for its root '/' is not a directory; do not use this image"
+            )
+        _set_attributes(self._root, entry)
+        self._root_depends = False
+
+    def _add_directory(
+        self, parent: Directory, name: bytes, existing: Node | None, entry: Entry
+    ) -> None:
+        if type(existing) is Directory:
+            _set_attributes(existing, entry)
+            return
+        self._count(name, entry)
+        directory = Directory(entry.mode, nlink=2)
+        _set_attributes(directory, entry)
+        self._put_directory(parent, name, existing, directory)
+        self._remember(entry.path, directory)
+
+    def _put_directory(
+        self, parent: Directory, name: bytes, existing: Node | None, directory: Directory
+    ) -> None:
+        directory.lowers = _lower(parent, name)[1]
+        if existing is not None:  # which had hidden what lower layers have here
+            directory.opaque = True
+            self._depends = True
+            self._discard(parent, existing)
+        parent.children[name] = directory
+        parent.nlink += 1
+
+    def _link_target(self, entry: Entry) -> Node | None:
+        """The node that a hard link entry names; None when it isn't to be found."""
+        parent_path, _, name = entry.link.rpartition(b"/")
+        parent = self._known.get(parent_path)
+        if parent is None:
+            parent = self._find(parent_path, entry)
+        target = parent.children.get(name) if name else parent
+        if target is None:
+            target = self._borrow(parent, name, entry)
+        if target is None or target is self._whiteout:
+            self._depends = True
+            self._unresolved.append((entry.path, entry.link))
+            return None
+        if type(target) is Directory:
+            raise InvalidLayer(
+                f"{shown(entry.path)} in the layer is a hard link to the directory "
+                f"{shown(entry.link)}; only files can have hard links"
+            )
+        return target
+
+    def _borrow(self, parent: Directory, name: bytes, entry: Entry) -> Node | None:
+        """Take a lower layer's file into this layer, as overlayfs does when one links to it."""
+        below = _lower(parent, name)[0]
+        if below is None or type(below) is Directory:
+            return below
+        self._count(name, entry)
+        node = msgspec.structs.replace(below, nlink=1, nid=0)
+        if stat.S_ISREG(node.mode) and node.size:
+            self._borrowed.append(node)
+        parent.children[name] = node
+        return node
+
+    # --- names ----------------------------------------------------------------------
+
+    def _find(self, path: bytes, entry: Entry) -> Directory:
+        """The directory, made if it doesn't exist."""
+        directory = self._walk(path, entry, make=True)
+        assert directory is not None
+        return directory
+
+    def _find_existing(self, path: bytes, entry: Entry) -> Directory | None:
+        """The directory if this layer or one below has it."""
+        return self._known.get(path) or self._walk(path, entry, make=False)
+
+    def _walk(self, path: bytes, entry: Entry, *, make: bool) -> Directory | None:
+        """Follow a path component by component, through symbolic links, inside the tree.
+
+        Directories that only lower layers have get a twin in this layer.
+        """
+        stack = [self._root]
+        pending = path.split(b"/")[::-1]
+        links = steps = 0
+        while pending:
+            name = pending.pop()
+            steps += 1
+            if name == b"..":
+                del stack[max(1, len(stack) - 1) :]
+                continue
+            if name in (b"", b"."):
+                continue
+            node = self._step(stack[-1], name, entry, make=make)
+            if node is None:
+                return None
+            if type(node) is Directory:
+                stack.append(node)
+                continue
+            if not stat.S_ISLNK(node.mode):
+                if not make:
+                    return None
+                raise InvalidLayer(
+                    f"{shown(entry.path)} in the layer leads through {shown(name)}, which is not "
+                    "a directory; do not use this image"
+                )
+            links += 1
+            if links > _MAX_LINKS or steps > _MAX_STEPS:
+                raise InvalidLayer(
+                    f"{shown(entry.path)} in the layer leads through too many symbolic links; "
+                    "do not use this image"
+                )
+            if node.link.startswith(b"/"):
+                del stack[1:]
+            pending.extend(node.link.split(b"/")[::-1])
+        self._remember(path, stack[-1])
+        return stack[-1]
+
+    def _step(self, parent: Directory, name: bytes, entry: Entry, *, make: bool) -> Node | None:
+        """What ``name`` is in a directory of the merged tree."""
+        existing = parent.children.get(name)
+        if existing is not None and existing is not self._whiteout:
+            return existing
+        self._depends = True
+        below, merged = (None, ()) if existing else _lower(parent, name)
+        if below is not None and not merged:
+            return below
+        if below is None and not make:
+            return None
+        self._count(name, entry)
+        directory = _implied(merged, entry)
+        self._put_directory(parent, name, existing, directory)
+        return directory
+
+    def _remember(self, path: bytes, directory: Directory) -> None:
+        # One layer has few directories, but may call them by any number of long names.
+        if len(self._known) >= _MAX_KNOWN:
+            self._forget()
+        self._known[path] = directory
+
+    def _forget(self) -> None:
+        self._known = {b"": self._root}
+
+    def _discard(self, parent: Directory, node: Node) -> None:
+        """A name of ``node`` in ``parent`` is about to be given to another node."""
+        if node is self._whiteout:
+            return
+        if type(node) is Directory:
+            parent.nlink -= 1
+            for inner in _files_below(node):
+                inner.nlink -= 1
+            self._forget()
+        else:
+            node.nlink -= 1
+            if stat.S_ISLNK(node.mode):
+                self._forget()
+
+    def _count(self, name: bytes, entry: Entry) -> None:
+        if len(name) > NAME_MAX:
+            raise InvalidLayer(
+                f"{shown(entry.path)} in the layer has a name of {len(name)} bytes; Linux allows "
+                f"{NAME_MAX}"
+            )
+        self._room -= 1
+        if self._room < 0:
+            raise LimitExceeded(
+                f"the layer has more than {self._max_inodes} files and directories; "
+                "raise the limit in the store's configuration if you trust the image"
+            )
+
+
+def _lower(directory: Directory, name: bytes) -> tuple[Node | None, tuple[Directory, ...]]:
+    """What the layers below show at ``name``, and the directories merged there.
+
+    Follows overlayfs: the highest layer that has the name decides; directories merge down to
+    the first that is opaque, or hidden by something that is none.
+    """
+    if directory.opaque or not directory.lowers:
+        return None, ()
+    merged: list[Directory] = []
+    for lower in directory.lowers:
+        node = lower.children.get(name)
+        if node is None:
+            continue
+        if type(node) is not Directory:
+            if merged or is_whiteout(node):
+                break
+            return node, ()
+        merged.append(node)
+        if node.opaque:
+            break
+    return (merged[0] if merged else None), tuple(merged)
+
+
+def _implied(lowers: tuple[Directory, ...], entry: Entry) -> Directory:
+    """A directory that the archive doesn't list: as it is below, else 0755 root:root.
+
+    It then gets the time of the entry that needs it, which at least is no invention.
+    """
+    if not lowers:
+        return Directory(
+            stat.S_IFDIR | 0o755,
+            seconds=entry.seconds,
+            nanoseconds=entry.nanoseconds,
+            nlink=2,
+        )
+    model = lowers[0]
+    return Directory(
+        model.mode,
+        model.uid,
+        model.gid,
+        model.seconds,
+        model.nanoseconds,
+        xattrs=model.xattrs,
+        nlink=2,
+        lowers=lowers,
+    )
+
+
+def _set_attributes(directory: Directory, entry: Entry) -> None:
+    directory.mode = entry.mode
+    directory.uid = entry.uid
+    directory.gid = entry.gid
+    directory.seconds = entry.seconds
+    directory.nanoseconds = entry.nanoseconds
+    directory.xattrs = entry.xattrs
+
+
+def _hide_lowers(directory: Directory) -> None:
+    """Make a directory opaque; those in it are then merged with nothing."""
+    directory.opaque = True
+    pending = [directory]
+    while pending:
+        for child in pending.pop().children.values():
+            if type(child) is Directory and child.lowers:
+                child.lowers = ()
+                pending.append(child)
+
+
+def _files_below(directory: Directory) -> Iterator[Node]:
+    pending = [directory]
+    while pending:
+        for child in pending.pop().children.values():
+            if type(child) is Directory:
+                pending.append(child)
+            else:
+                yield child
