@@ -37,7 +37,7 @@ class Entry(msgspec.Struct, array_like=True, gc=False):
     its text, untouched. ``mode`` is a whole st_mode, or 0 for a hard link. ``seconds`` is
     signed, ``nanoseconds`` 0 to 999,999,999. ``offset`` is the content's place in the data
     file in bytes, a multiple of 4096 (0 when ``size`` is 0). ``rdev`` is encoded as
-    Linux does in 32 bits (``tar.encode_device``).
+    Linux does in 32 bits (``tar_header.encode_device``).
     """
 
     path: bytes

@@ -28,7 +28,7 @@ from store.cas import Digest, sync_directory
 from store.erofs import write_image
 from store.errors import CorruptContent, InvalidLayer, storage
 from store.index import read_index
-from store.tar import shown
+from store.tar_names import shown
 from store.tree import Builder, Tree
 from store.unpack import ALIGNMENT, LayerLimits, unpack_blob
 

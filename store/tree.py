@@ -26,7 +26,7 @@ import msgspec
 
 from store.errors import InvalidLayer, LimitExceeded
 from store.index import Entry
-from store.tar import NAME_MAX, shown
+from store.tar_names import NAME_MAX, shown
 
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_MARKER = b".wh..wh..opq"

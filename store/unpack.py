@@ -21,7 +21,8 @@ from store.cas import Digest
 from store.errors import DigestMismatch, LimitExceeded, PullCancelled
 from store.index import Entry, IndexWriter
 from store.inflate import ChunkReader, inflated
-from store.tar import TarParser, shown
+from store.tar import TarParser
+from store.tar_names import shown
 from store.tree import Builder, Tree
 
 # A buffer is inflated in about 2 ms: long against the 20 µs that handing it on costs,
