@@ -325,6 +325,7 @@ class TarParser:
         elif file_type == stat.S_IFLNK:
             link = symlink(header.link, path)
             size = len(link)
+            header.mode = 0o777  # whatever it says: no system call can make it another
         elif file_type in (stat.S_IFCHR, stat.S_IFBLK):
             rdev = device(header, path)
         elif file_type is None:
