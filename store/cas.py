@@ -388,7 +388,7 @@ class Writer:
         """Check the blob and put it in the store, durably. A wrong one is thrown away.
 
         Raises:
-            SizeMismatch: bytes are missing; what there is stays for the next attempt.
+            SizeMismatch: bytes are missing.
             DigestMismatch: the bytes are not those of the digest.
             StorageFailed: it could not be made durable.
         """

@@ -87,7 +87,7 @@ def _check_names(text: str, registry: str, repository: str) -> None:
             raise _invalid(text, "repository names must be lower-case")
         raise _invalid(
             text,
-            f"the repository {repository!r:.200} must be parts of a-z and 0-9 with / . _ __ - between",
+            f"the repository {repository!r:.200} may hold a-z, 0-9 and / . _ __ - between",
         )
     if len(registry) + 1 + len(repository) > NAME_LENGTH:
         raise _invalid(text, f"the name is longer than {NAME_LENGTH} characters")

@@ -1,0 +1,321 @@
+"""Images in a registry (OCI distribution specification 1.1, "Pull")."""
+
+import contextlib
+from collections.abc import Callable
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import requests
+from urllib3.response import BaseHTTPResponse
+
+from store.auth import Authorizer, find_credentials
+from store.cas import CHUNK, Digest, digest_of, parse_digest
+from store.config import StoreConfig
+from store.errors import (
+    BlobNotFound,
+    ConnectionLost,
+    DigestMismatch,
+    ImageNotFound,
+    InvalidReference,
+    PullCancelled,
+    RegistryError,
+    RegistryUnauthorized,
+    SizeMismatch,
+    StoreError,
+)
+from store.manifest import INDEXES, MANIFESTS, Descriptor, check_limit
+from store.reference import DEFAULT_REGISTRY, Reference
+from store.transport import (
+    Transport,
+    connection_errors,
+    drain,
+    explain,
+    int_header,
+    is_loopback,
+    origin,
+)
+
+# Docker Hub's name is not the name of its registry.
+_DOCKER_HUB = "registry-1.docker.io"
+
+_ACCEPT = ", ".join(sorted(MANIFESTS | INDEXES))
+
+_T = TypeVar("_T")
+
+
+class Registry:
+    """One image of a registry, or of its mirrors; see ``Source``."""
+
+    def __init__(self, reference: Reference, config: StoreConfig) -> None:
+        self._reference = reference
+        self._limits = config.limits
+        self._transport = Transport(config.registries, config.patience)
+        main = reference.registry
+        mirrors = self._transport.host_config(main).mirrors
+        self._endpoints = [
+            _Endpoint(self._transport, host, reference, config.docker_config)
+            for host in (*mirrors, main)
+        ]
+
+    def resolve(self) -> tuple[Descriptor, bytes]:
+        """What tag or digest stand for now."""
+        wanted = self._reference.digest or self._reference.tag or ""
+        return self._anywhere(lambda endpoint: self._resolve_at(endpoint, wanted))
+
+    def _resolve_at(self, endpoint: "_Endpoint", wanted: str) -> tuple[Descriptor, bytes]:
+        with self._manifest_answer(endpoint, wanted) as response:
+            data = self._document(response, self._limits.manifest_bytes, str(self._reference))
+        media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
+        descriptor = Descriptor(media_type, digest_of(data), len(data))
+        promised = self._reference.digest or _header_digest(response)
+        if promised and promised != descriptor.digest:
+            raise DigestMismatch(
+                f"{endpoint.host} sent a manifest for {self._reference} that hashes to "
+                f"{descriptor.digest} instead of {promised}; try again, or push the image again"
+            )
+        return descriptor, data
+
+    def _manifest_answer(self, endpoint: "_Endpoint", wanted: str) -> requests.Response:
+        response = endpoint.get(f"manifests/{wanted}", {"Accept": _ACCEPT})
+        if response.status_code == 404:
+            drain(response)
+            raise ImageNotFound(
+                f"{endpoint.host} has no image {self._reference}; check the name and the tag"
+            )
+        if response.status_code != 200:
+            raise explain(response, f"no manifest of {self._reference}")
+        return response
+
+    def default_name(self, descriptor: Descriptor) -> Reference:
+        """The reference itself."""
+        return self._reference
+
+    def fetch_manifest(self, descriptor: Descriptor) -> bytes:
+        """A manifest or index."""
+        what = f"the manifest {descriptor.digest} of {self._reference}"
+        check_limit(descriptor.size, self._limits.manifest_bytes, what)
+
+        def fetch(endpoint: "_Endpoint") -> bytes:
+            with self._manifest_answer(endpoint, descriptor.digest) as response:
+                data = self._document(response, descriptor.size, what)
+            descriptor.check(data)
+            return data
+
+        return self._anywhere(fetch)
+
+    def fetch_config(self, descriptor: Descriptor) -> bytes:
+        """An image configuration."""
+        what = f"the configuration {descriptor.digest} of {self._reference}"
+        check_limit(descriptor.size, self._limits.config_bytes, what)
+
+        def fetch(endpoint: "_Endpoint") -> bytes:
+            with self._blob_answer(endpoint, descriptor, 0) as response:
+                data = self._document(response, descriptor.size, what)
+            descriptor.check(data)
+            return data
+
+        return self._anywhere(fetch)
+
+    def _document(self, response: requests.Response, limit: int, what: str) -> bytes:
+        data = self._transport.read(response, limit, what)
+        if data is None:
+            check_limit(limit + 1, limit, what)
+        return data or b""
+
+    def open_blob(self, descriptor: Descriptor, offset: int) -> "HttpBlob":
+        """A blob, as the registry or whoever it redirects to sends it."""
+
+        def begin(endpoint: "_Endpoint") -> HttpBlob:
+            response = self._blob_answer(endpoint, descriptor, offset)
+            try:
+                return HttpBlob(response, _begin(response, descriptor, offset))
+            except BaseException:
+                response.close()
+                raise
+
+        return self._anywhere(begin)
+
+    def _blob_answer(
+        self, endpoint: "_Endpoint", descriptor: Descriptor, offset: int
+    ) -> requests.Response:
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        response = endpoint.get(f"blobs/{descriptor.digest}", headers)
+        if response.status_code == 416:
+            # A server that won't continue may still begin again.
+            drain(response)
+            response = endpoint.get(f"blobs/{descriptor.digest}", {})
+        if response.status_code == 404:
+            drain(response)
+            raise BlobNotFound(
+                f"{endpoint.host} has no blob {descriptor.digest}, though the manifest of "
+                f"{self._reference} names it; push the image again"
+            )
+        if response.status_code not in (200, 206):
+            raise explain(response, f"no blob {descriptor.digest} of {self._reference}")
+        return response
+
+    def _anywhere(self, work: Callable[["_Endpoint"], _T]) -> _T:
+        """``work`` at the first endpoint where it succeeds; the registry's own error otherwise."""
+        for endpoint in self._endpoints[:-1]:
+            try:
+                return self._transport.patiently(lambda at=endpoint: work(at))  # type: ignore[misc]
+            except PullCancelled:
+                raise
+            except StoreError:
+                continue
+        return self._transport.patiently(lambda: work(self._endpoints[-1]))
+
+    def ping(self) -> None:
+        """Ask whether there is a registry.
+
+        Raises:
+            RegistryError: there is none, or it can't be reached.
+        """
+        self._transport.patiently(self._endpoints[-1].ping)
+
+    def close(self) -> None:
+        """Close idle connections and end pauses."""
+        self._transport.close()
+
+
+class _Endpoint:
+    """One host that may have the image: the registry, or a mirror of it."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        host: str,
+        reference: Reference,
+        docker_config: str | None,
+    ) -> None:
+        self.host = host
+        self._transport = transport
+        self._repository = reference.repository
+        self._address = _DOCKER_HUB if host == DEFAULT_REGISTRY else host
+        # Mirrors of several registries tell them apart by this, as containerd's do.
+        self._query = f"?ns={reference.registry}" if host != reference.registry else ""
+        self._scheme: str | None = None
+        self._authorizer = Authorizer(
+            transport,
+            f"repository:{reference.repository}:pull",
+            lambda: find_credentials(host, docker_config),
+        )
+
+    def get(self, path: str, headers: dict[str, str]) -> requests.Response:
+        """GET of ``/v2/<repository>/<path>``, with credentials if they are wanted.
+
+        Raises:
+            RegistryUnauthorized: they are wanted and missing or wrong.
+            RegistryError: there is no answer.
+        """
+        url = f"{self._base()}/v2/{self._repository}/{path}{self._query}"
+        # The first request may be without a token, the second with one that has expired.
+        for _ in range(3):
+            used = self._authorizer.header()
+            sent = {**headers, "Authorization": used} if used else headers
+            response = self._transport.get(url, sent)
+            if origin(response.url) != origin(url) or response.status_code not in (401, 403):
+                return response
+            drain(response)
+            if response.status_code == 403:
+                break
+            challenge = response.headers.get("WWW-Authenticate", "")
+            self._authorizer.challenged(url, challenge, used)
+        raise RegistryUnauthorized(
+            f"{self.host} does not give out {self._repository}: it does not exist, or you need "
+            f"credentials that may read it; run: docker login {self.host}"
+        )
+
+    def _base(self) -> str:
+        if self._scheme is None:
+            self._scheme = self._find_scheme()
+        return f"{self._scheme}://{self._address}"
+
+    def _find_scheme(self) -> str:
+        config = self._transport.host_config(self._address)
+        if config.plain_http:
+            return "http"
+        hostname = urlsplit(f"//{self._address}").hostname or ""
+        if config.ca or config.insecure_skip_verify or not is_loopback(hostname):
+            return "https"
+        # On this machine both are usual. Servers with TLS answer 400 here, or hang up.
+        try:
+            with self._transport.send(f"http://{self._address}/v2/", {}) as response:
+                return "https" if response.status_code == 400 else "http"
+        except ConnectionLost:
+            return "https"
+
+    def ping(self) -> None:
+        """Ask whether there is a registry ("Determining Support").
+
+        Raises:
+            RegistryError: there is none, or it can't be reached.
+        """
+        response = self._transport.get(f"{self._base()}/v2/", {})
+        if response.status_code not in (200, 401):
+            raise explain(response, f"{self.host} is not a registry")
+        response.close()
+
+
+class HttpBlob:
+    """A blob on its way; see ``BlobStream``."""
+
+    def __init__(self, response: requests.Response, offset: int) -> None:
+        self.offset = offset
+        self._response = response
+        self._raw: BaseHTTPResponse = response.raw
+        self._host = urlsplit(response.url).netloc
+        self._aborted = False
+
+    def read(self) -> bytes:
+        """The next piece."""
+        try:
+            with connection_errors(self._host):
+                return self._raw.read(CHUNK, decode_content=False)
+        except RegistryError:
+            if self._aborted:
+                raise PullCancelled("the pull was cancelled") from None
+            raise
+
+    def abort(self) -> None:
+        """Shut the connection down, which wakes up a waiting ``read()``."""
+        self._aborted = True
+        # It fails if the answer has been read to its end.
+        with contextlib.suppress(ValueError, RuntimeError, OSError):
+            self._raw.shutdown()
+
+    def close(self) -> None:
+        """Give the connection back, or close it if the answer was not read to its end."""
+        self._response.close()
+
+
+def _begin(response: requests.Response, descriptor: Descriptor, offset: int) -> int:
+    """Where in the blob an answer begins.
+
+    Raises:
+        SizeMismatch: the blob there is of another size than its descriptor says.
+        RegistryError: the answer is to another question.
+    """
+    length = int_header(response, "Content-Length")
+    begin, total = 0, length
+    if response.status_code == 206:
+        unit, _, rest = response.headers.get("Content-Range", "").partition(" ")
+        span, _, all_bytes = rest.partition("/")
+        first = span.partition("-")[0]
+        begin = int(first) if unit == "bytes" and first.isascii() and first.isdigit() else -1
+        if begin != offset:
+            raise ConnectionLost(f"{urlsplit(response.url).netloc} sent another range")
+        total = int(all_bytes) if all_bytes.isascii() and all_bytes.isdigit() else offset + length
+    if length >= 0 and total != descriptor.size:
+        raise SizeMismatch(
+            f"{urlsplit(response.url).netloc} has {total} bytes for {descriptor.digest}, the "
+            f"manifest names {descriptor.size}; push the image again"
+        )
+    return begin
+
+
+def _header_digest(response: requests.Response) -> Digest | None:
+    try:
+        return parse_digest(response.headers.get("Docker-Content-Digest", ""))
+    except InvalidReference:
+        return None

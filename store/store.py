@@ -1,0 +1,76 @@
+"""Everything that is kept, under one directory."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from store.cas import Cas, Digest
+from store.config import StoreConfig
+from store.db import Database
+from store.errors import StoreInUse, storage
+from store.events import EventLog
+from store.images import Image, Images
+from store.layers import LayerImage, Layers
+
+
+class Store:
+    """Blobs, layers, image records and settings; one process at a time uses a directory.
+
+    Args:
+        root: the store's directory; made if it is missing.
+        config: the settings.
+        events: where news goes.
+
+    Raises:
+        StoreInUse: another process has it open.
+        StorageFailed, CorruptContent: it can't be used.
+    """
+
+    def __init__(self, root: Path, config: StoreConfig, events: EventLog) -> None:
+        self.root = root
+        self.config = config
+        self.events = events
+        with storage(f"preparing the store in {root}"):
+            # Containers' root filesystems lie below, and their processes have other users.
+            root.mkdir(mode=0o711, parents=True, exist_ok=True)
+            self._lock = _lock(root)
+            try:
+                self.db = Database(root / "ctrfs.db")
+                self.cas = Cas(root)
+                self.images = Images(self.db)
+                self.layers = Layers(root / "layers", config.layers)
+            except BaseException:
+                os.close(self._lock)
+                raise
+
+    def rootfs_layers(self, image: Image) -> tuple[LayerImage, ...]:
+        """What to mount for an image, bottom first. May read and write files.
+
+        Raises:
+            CorruptContent: a layer is missing.
+            InvalidLayer: the layers don't fit together.
+        """
+        return self.layers.mountable(image.diff_ids)
+
+    def damaged(self, image: Image) -> tuple[Digest, ...]:
+        """Those of an image's blobs that were found damaged, from memory."""
+        damaged = self.cas.damaged()
+        return tuple(digest for digest in image.blobs() if digest in damaged)
+
+    def close(self) -> None:
+        """Close the database and let other processes in."""
+        self.db.close()
+        os.close(self._lock)
+
+
+def _lock(root: Path) -> int:
+    """An open file that no other process can lock; the kernel lets go of it with this process."""
+    fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise StoreInUse(
+            f"another ctrfs uses {root}; end that one, or take another directory with --root"
+        ) from None
+    return fd
