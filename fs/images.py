@@ -4,14 +4,6 @@ import errno
 from collections.abc import Iterable, Mapping
 
 import trio
-from runtime.rootfs import Rootfs
-from store.cas import Digest
-from store.images import Image
-from store.layers import LayerImage
-from store.manifest import Descriptor
-from store.platform import parse_platform
-from store.pull import PullRequest
-from store.reference import parse_reference
 
 from fs.context import Context, Top
 from fs.nodes import (
@@ -25,8 +17,15 @@ from fs.nodes import (
     TextFile,
     refuse,
 )
+from store.cas import Digest
 from store.errors import CtrfsError, ImageNotFound, InvalidReference
 from store.events import rfc3339
+from store.images import Image
+from store.layers import LayerImage
+from store.manifest import Descriptor
+from store.platform import parse_platform
+from store.pull import PullRequest
+from store.reference import parse_reference
 
 DEFAULT_REGISTRY = "docker.io"
 OFFICIAL = "docker.io/library"
@@ -325,10 +324,11 @@ class _RootfsView(Mountpoint):
     parent: "ImageDirectory | LayerDirectory"
 
     def layers(self) -> tuple[LayerImage, ...]:
+        """What to mount, bottom first. May block."""
         raise NotImplementedError
 
     async def mount_at(self, target: str) -> None:
-        rootfs: Rootfs = self.parent.context.rootfs
+        rootfs = self.parent.context.rootfs
         await trio.to_thread.run_sync(lambda: rootfs.image_view(self.layers(), target))
 
 
@@ -412,10 +412,10 @@ class Fetched(_LayerValue):
         context = self.parent.context
         for progress in context.pulls.progress():
             for layer in progress.layers:
-                if layer.digest == self.descriptor.digest:
+                if layer.digest == self.descriptor.content:
                     return str(layer.done)
         return str(
-            self.descriptor.size if context.store.cas.contains(self.descriptor.digest) else 0
+            self.descriptor.size if context.store.cas.contains(self.descriptor.content) else 0
         )
 
 

@@ -207,7 +207,15 @@ def test_modes_are_enforced(toy: Path) -> None:
     script = f"cat {toy}/secret; cat {toy}/value; echo x > {toy}/list"
     toy.parent.chmod(0o755)
     result = subprocess.run(
-        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", f"cd /; {script}"],
+        [
+            "setpriv",
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            "sh",
+            "-c",
+            f"cd /; {script}",
+        ],
         capture_output=True,
         text=True,
     )

@@ -168,7 +168,7 @@ class Etc(Mountpoint):
     name = "etc"
 
     async def mount_at(self, target: str) -> None:
-        await trio.to_thread.run_sync(linux.bind_mount, "/etc", target)
+        await trio.to_thread.run_sync(linux.mount, "/etc", target, "", linux.MS_BIND)
 
 
 class Secret(TextFile):
@@ -235,8 +235,9 @@ class Toy(Directory):
 
     name = ""
     files = (
-        Value, List, Command, Document, Stream, Slow, Log, Host, Passwd, Etc, Secret, Errors, Objects,
-    )  # fmt: skip
+        *(Value, List, Command, Document, Stream, Slow, Log),
+        *(Host, Passwd, Etc, Secret, Errors, Objects),
+    )
 
 
 async def main(mountpoint: str) -> None:
@@ -252,9 +253,7 @@ async def main(mountpoint: str) -> None:
 
             nursery.start_soon(wait_for_signal)
             ready = partial(print, "ready", flush=True)
-            await serve(
-                Toy(None), mountpoint, Errors.failures, Automounts(mountpoint), ready, stop
-            )
+            await serve(Toy(None), mountpoint, Errors.failures, Automounts(mountpoint), ready, stop)
             nursery.cancel_scope.cancel()
 
 
