@@ -1,0 +1,137 @@
+"""The command `ctrfs`: start and end the mounted tree; everything else is done in it."""
+
+import argparse
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from store.errors import CtrfsError
+from tools import instance, mountpoint, serving
+from tools.instance import CommandFailed
+from tools.options import DEFAULT_ROOT, Options
+
+# The daemon unmounts and closes its database within a second; with a pull under way its
+# last fsync of a gigabyte may have to wait for a slow disk.
+STOP_SECONDS = 60.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code of the process."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except CtrfsError as error:
+        print(f"ctrfs: {error.sentence}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ctrfs", description="A container runtime whose whole interface is a mounted tree."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    mount = commands.add_parser("mount", help="show the tree at a directory")
+    mount.set_defaults(command=_mount)
+    mount.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT")
+    mount.add_argument(
+        "--root",
+        type=Path,
+        default=DEFAULT_ROOT,
+        metavar="DIR",
+        help="where images and containers are kept (%(default)s)",
+    )
+    mount.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings (/etc/ctrfs/config.json)"
+    )
+    mount.add_argument("--foreground", action="store_true", help="stay, and log to standard error")
+    mount.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="the least that is logged (%(default)s)",
+    )
+
+    umount = commands.add_parser("umount", help="end it; containers run on")
+    umount.set_defaults(command=_umount)
+    umount.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT")
+
+    doctor = commands.add_parser("doctor", help="what this machine has and lacks")
+    doctor.set_defaults(command=_doctor)
+
+    commands.add_parser("version", help="print the version").set_defaults(command=_version)
+    return parser
+
+
+def _mount(arguments: argparse.Namespace) -> int:
+    _require_root()
+    options = Options.make(arguments.root, arguments.mountpoint, arguments.config)
+    serve = serving.foreground if arguments.foreground else serving.background
+    serve(options, arguments.log_level)
+    return 0
+
+
+def _umount(arguments: argparse.Namespace) -> int:
+    _require_root()
+    target = Path(os.path.realpath(arguments.mountpoint))
+    daemon = instance.at(target)
+    if daemon:
+        _stop(daemon)
+    elif not mountpoint.ours(target):
+        raise CommandFailed(f"no ctrfs is mounted at {target}")
+    while mountpoint.ours(target):  # its daemon was killed
+        mountpoint.detach(target)
+    return 0
+
+
+def _stop(daemon: instance.Instance) -> None:
+    """Ask the daemon to end and wait until it has."""
+    try:
+        process = os.pidfd_open(daemon.pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        if not select.select([process], [], [], STOP_SECONDS)[0]:
+            raise CommandFailed(
+                f"process {daemon.pid} has not ended within {STOP_SECONDS:.0f} s; nothing is lost"
+                f" by `kill -9 {daemon.pid}` and another `ctrfs umount`"
+            )
+    finally:
+        os.close(process)
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    # Imported here because the other commands need none of it.
+    from runtime import features
+
+    wrong = 0
+    for check in features.checks():
+        if not check.ok:
+            wrong += check.required
+        mark = "ok     " if check.ok else ("MISSING" if check.required else "without")
+        print(f"{mark} {check.name}: {check.found}")
+        if not check.ok:
+            print(f"        {check.advice}")
+    return 1 if wrong else 0
+
+
+def _version(_: argparse.Namespace) -> int:
+    print(f"ctrfs {version('ctrfs')}")
+    return 0
+
+
+def _require_root() -> None:
+    if os.geteuid() != 0:
+        raise CommandFailed("mounts need root: run this command with sudo")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

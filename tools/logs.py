@@ -1,0 +1,71 @@
+"""Where the daemon's log goes."""
+
+import logging
+import logging.handlers
+import os
+import sys
+from pathlib import Path
+
+SYSLOG_SOCKET = "/dev/log"
+
+# Priorities of sd-daemon(3) and syslog(3).
+_PRIORITIES = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: 4,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
+
+
+class _JournalFormatter(logging.Formatter):
+    """Each line begins with <N>, which systemd takes for its priority."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"<{_PRIORITIES.get(record.levelno, 6)}>"
+        return "\n".join(prefix + line for line in super().format(record).split("\n"))
+
+
+def to_stderr(level: str) -> None:
+    """Log to standard error, in the journal's form if that is where it leads."""
+    handler = logging.StreamHandler(sys.stderr)
+    if _stderr_is_journal():
+        handler.setFormatter(_JournalFormatter("%(name)s: %(message)s"))
+    else:
+        handler.setFormatter(_timed())
+    _use(handler, level)
+
+
+def of_daemon(root: Path, level: str) -> str | None:
+    """Log to the system's log, or to a file below ``root`` where there is none.
+
+    Returns:
+        The path of that file, or None. It may be moved away at any time (logrotate(8)); a
+        new one is begun then.
+    """
+    if os.path.exists(SYSLOG_SOCKET):
+        syslog = logging.handlers.SysLogHandler(
+            SYSLOG_SOCKET, facility=logging.handlers.SysLogHandler.LOG_DAEMON
+        )
+        syslog.setFormatter(logging.Formatter("ctrfs[%(process)d]: %(name)s: %(message)s"))
+        _use(syslog, level)
+        return None
+    path = str(root / "ctrfs.log")
+    file = logging.handlers.WatchedFileHandler(path)
+    file.setFormatter(_timed())
+    _use(file, level)
+    return path
+
+
+def _timed() -> logging.Formatter:
+    return logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _use(handler: logging.Handler, level: str) -> None:
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+
+
+def _stderr_is_journal() -> bool:
+    """systemd names device and inode of the socket that it gave to the service."""
+    status = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
