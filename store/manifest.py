@@ -97,9 +97,23 @@ class _Kind(msgspec.Struct, rename="camel"):
 
     schema_version: int = 0
     media_type: str = ""
-    config: msgspec.Raw | None = None
-    layers: msgspec.Raw | None = None
-    manifests: msgspec.Raw | None = None
+    config: msgspec.Raw = msgspec.Raw()
+    layers: msgspec.Raw = msgspec.Raw()
+    manifests: msgspec.Raw = msgspec.Raw()
+
+    @property
+    def is_index(self) -> bool:
+        """It has what only an index has."""
+        return _present(self.manifests)
+
+    @property
+    def is_manifest(self) -> bool:
+        """It has what only a manifest has."""
+        return _present(self.layers) or _present(self.config)
+
+
+def _present(field: msgspec.Raw) -> bool:
+    return bytes(field) not in (b"", b"null")
 
 
 class ContainerConfig(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -194,8 +208,7 @@ def parse(data: bytes, media_type: str, what: str) -> Manifest | Index:
     declared = _declared(kind, media_type, what)
     # A document that can be read both ways could be checked as one and used as the other
     # (CVE-2021-41190).
-    both = kind.manifests is not None and (kind.layers is not None or kind.config is not None)
-    if both or kind.schema_version != 2:
+    if kind.is_index == kind.is_manifest or kind.schema_version != 2:
         raise InvalidManifest(
             f"{what} is neither a manifest nor an index of schema version 2; "
             "the image has to be built or pushed again"
@@ -224,7 +237,7 @@ def _declared(kind: _Kind, media_type: str, what: str) -> str:
             f"{what} was sent as {media_type} and calls itself {kind.media_type}; "
             "the image has to be pushed again"
         )
-    inferred = OCI_INDEX if kind.manifests is not None else OCI_MANIFEST
+    inferred = OCI_INDEX if kind.is_index else OCI_MANIFEST
     return kind.media_type or (media_type if media_type in known else inferred)
 
 
