@@ -11,7 +11,6 @@
 A layer appears by one rename, complete or not at all.
 """
 
-import errno
 import hashlib
 import logging
 import os
@@ -28,8 +27,7 @@ from store.cas import Digest, sync_directory
 from store.erofs import write_image
 from store.errors import CorruptContent, InvalidLayer, storage
 from store.index import read_index
-from store.tar_names import shown
-from store.tree import Builder, Tree
+from store.tree import Builder, Tree, why_unresolved
 from store.unpack import ALIGNMENT, LayerLimits, unpack_blob
 
 __all__ = ["Layer", "LayerImage", "LayerLimits", "Layers"]
@@ -95,16 +93,17 @@ class Layers:
         self._limits = limits or LayerLimits()
         self._chains = directory / "chains"
         self._temporary = directory / "tmp"
-        self._building = threading.Lock()
+        self._lock = threading.Lock()  # for names to appear and disappear
+        self._building = threading.Lock()  # trees take memory: one stack of them at a time
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(mode=0o700)
         self._chains.mkdir(mode=0o700, exist_ok=True)
-        self._layers: dict[str, Layer] = {}
-        for path in directory.iterdir():
-            layer = self._load(path)
-            if layer is not None:
-                self._layers[layer.diff_id] = layer
+        self._layers: dict[Digest, Layer] = {}
+        with storage(f"reading {directory}"):
+            for path in directory.iterdir():
+                if path not in (self._chains, self._temporary):
+                    self._adopt(path)
 
     def get(self, diff_id: Digest) -> Layer | None:
         """The layer, from memory; None when it isn't here."""
@@ -115,14 +114,14 @@ class Layers:
 
     def remove(self, diff_id: Digest) -> None:
         """Delete a layer and the chains it is part of; nothing may have it mounted. Idempotent."""
-        layer = self._layers.pop(diff_id, None)
-        if layer is None:
-            return
-        with self._building:
+        with self._building, self._lock:
+            layer = self._layers.pop(diff_id, None)
+            if layer is None:
+                return
             for chain in self._chains.iterdir():
                 if diff_id in (chain / "diff_ids").read_text().split():
                     self._delete(chain)
-        self._delete(layer.directory)
+            self._delete(layer.directory)
 
     def unpack(
         self,
@@ -152,7 +151,6 @@ class Layers:
         existing = self.get(diff_id)
         if existing is not None:
             return existing
-        target = self._directory / _hex(diff_id)
         with self._workspace() as workspace:
             unpacked = unpack_blob(
                 chunks,
@@ -173,13 +171,12 @@ class Layers:
                 inodes=_write_meta(workspace, tree, unpacked.data_size, _hex(diff_id)),
                 depends=tree.depends,
                 root_depends=tree.root_depends,
-                needs_lower=_why_unresolved(tree),
+                needs_lower=unpacked.needs_lower,
             )
             (workspace / "layer.json").write_bytes(msgspec.json.encode(record))
-            self._publish(workspace, target)
-        layer = self._load(target)
+            self._publish(workspace, self._directory / _hex(diff_id))
+        layer = self.get(diff_id)
         assert layer is not None
-        self._layers[diff_id] = layer
         return layer
 
     def mountable(self, diff_ids: Sequence[Digest]) -> tuple[LayerImage, ...]:
@@ -196,11 +193,10 @@ class Layers:
             InvalidLayer: the layers don't fit together, as when a hard link's target is nowhere.
             StoreError: the disk is full or failed, with its errno.
         """
-        with self._building:
-            stack = _Stack([self._present(diff_id) for diff_id in diff_ids])
-            for position in range(len(diff_ids)):
-                stack.images.append(self._image(stack, position))
-            return tuple(stack.images)
+        stack = _Stack([self._present(diff_id) for diff_id in diff_ids])
+        for position in range(len(diff_ids)):
+            stack.images.append(self._image(stack, position))
+        return tuple(stack.images)
 
     def _present(self, diff_id: Digest) -> Layer:
         layer = self.get(diff_id)
@@ -224,40 +220,49 @@ class Layers:
 
     def _chain_image(self, stack: "_Stack", position: int) -> LayerImage:
         diff_ids = "\n".join(layer.diff_id for layer in stack.layers[: position + 1])
-        key = hashlib.sha256(diff_ids.encode()).hexdigest()
+        key = hashlib.sha256(f"{_FORMAT}\n{diff_ids}".encode()).hexdigest()
         directory = self._chains / key
-        layer = stack.layers[position]
         if not directory.exists():
-            tree = stack.tree(position)
-            with self._workspace() as workspace:
-                if tree.unresolved:
-                    raise InvalidLayer(_why_unresolved(tree))
-                data_size = layer.data_size
-                if tree.borrowed:
-                    data_size = stack.gather_data(position, workspace / "data")
-                _write_meta(workspace, tree, data_size, key)
-                (workspace / "diff_ids").write_text(diff_ids)
-                self._publish(workspace, directory)
+            with self._building:
+                if not directory.exists():
+                    self._build_chain(stack, position, directory, diff_ids)
         data = directory / "data"
         return LayerImage(
             key[:_KEY_LENGTH],
             directory / "meta.erofs",
-            data if data.exists() else layer.data,
+            data if data.exists() else stack.layers[position].data,
         )
 
-    def _load(self, path: Path) -> Layer | None:
-        """The layer in a directory; None when there is none that can be used."""
+    def _build_chain(self, stack: "_Stack", position: int, directory: Path, diff_ids: str) -> None:
+        tree = stack.tree(position)
+        if tree.unresolved:
+            raise InvalidLayer(why_unresolved(*tree.unresolved[0]))
+        with self._workspace() as workspace:
+            data_size = stack.layers[position].data_size
+            if tree.borrowed:
+                data_size = stack.gather_data(position, workspace / "data")
+            _write_meta(workspace, tree, data_size, directory.name)
+            (workspace / "diff_ids").write_text(diff_ids)
+            self._publish(workspace, directory)
+
+    def _adopt(self, path: Path) -> None:
+        """Take a layer's directory into account, or remove it if it can't be used.
+
+        What is lost then is rebuilt from the blob by the next pull.
+        """
         try:
             record = msgspec.json.decode((path / "layer.json").read_bytes(), type=LayerRecord)
-        except FileNotFoundError:
-            return None
-        except (msgspec.MsgspecError, OSError) as error:
-            logger.warning("ignoring the layer in %s: %s", path, error)
-            return None
-        if record.format != _FORMAT or _hex(record.diff_id) != path.name:
-            logger.warning("ignoring the layer in %s: it is of another version", path)
-            return None
-        return Layer(Digest(record.diff_id), path, record.data_size, record.inodes, record)
+        except (msgspec.MsgspecError, FileNotFoundError, NotADirectoryError) as error:
+            logger.warning("removing the layer in %s: %s", path, error)
+        else:
+            if record.format == _FORMAT and _hex(record.diff_id) == path.name:
+                diff_id = Digest(record.diff_id)
+                self._layers[diff_id] = Layer(
+                    diff_id, path, record.data_size, record.inodes, record
+                )
+                return
+            logger.warning("removing the layer in %s: another version made it", path)
+        self._delete(path)
 
     @contextmanager
     def _workspace(self) -> Iterator[Path]:
@@ -270,16 +275,17 @@ class Layers:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _publish(self, workspace: Path, target: Path) -> None:
-        """Give a finished directory its name, unless another thread was faster."""
+        """Give a finished directory its name, durably, unless another thread was faster."""
         for path in workspace.iterdir():
             _sync(path)
         sync_directory(workspace)
-        try:
+        with self._lock:
+            if target.exists():
+                return
             workspace.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        sync_directory(target.parent)
+            sync_directory(target.parent)
+            if target.parent == self._directory:
+                self._adopt(target)
 
     def _delete(self, directory: Path) -> None:
         """Remove a directory at one stroke, then its files."""
@@ -361,16 +367,6 @@ def _write_meta(workspace: Path, tree: Tree, data_size: int, identity: str) -> i
     """Write ``meta.erofs``; the number of inodes."""
     with (workspace / "meta.erofs").open("xb") as file:
         return write_image(tree.root, file, data_size, bytes.fromhex(identity)[:16]).inodes
-
-
-def _why_unresolved(tree: Tree) -> str:
-    if not tree.unresolved:
-        return ""
-    path, target = tree.unresolved[0]
-    return (
-        f"{shown(path)} in the layer is a hard link to {shown(target)}, which is neither in the "
-        "layer nor below it; the image has to be built again"
-    )
 
 
 def _hex(diff_id: str) -> str:

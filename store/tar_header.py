@@ -270,6 +270,12 @@ def check_numbers(header: Header, path: bytes) -> None:
         raise LimitExceeded(
             f"{shown(path)} in the layer has a path of {len(path)} bytes; Linux allows 4095"
         )
+    if len(path) > NAME_MAX:
+        longest = max(map(len, path.split(b"/")))
+        if longest > NAME_MAX:
+            raise InvalidLayer(
+                f"{shown(path)} in the layer has a name of {longest} bytes; Linux allows {NAME_MAX}"
+            )
     # The highest number means "leave it" to chown(2).
     if not (0 <= header.uid < 0xFFFFFFFF and 0 <= header.gid < 0xFFFFFFFF):
         raise InvalidLayer(

@@ -67,12 +67,14 @@ class Directory(Node, gc=False):
     """A directory with its names.
 
     ``lowers`` are the directories of lower layers that it is merged with, highest first;
-    ``opaque`` means that they are hidden.
+    ``opaque`` means that they are hidden. ``twin`` marks one that exists here only
+    so that something below it can be marked as deleted.
     """
 
     children: dict[bytes, Node] = msgspec.field(default_factory=dict)
     lowers: tuple["Directory", ...] = ()
     opaque: bool = False
+    twin: bool = False
 
 
 class Tree(msgspec.Struct, frozen=True, gc=False):
@@ -96,6 +98,14 @@ def is_whiteout(node: Node) -> bool:
     return node.mode == stat.S_IFCHR and node.rdev == 0
 
 
+def why_unresolved(path: bytes, target: bytes) -> str:
+    """The sentence for a pair of ``Tree.unresolved``."""
+    return (
+        f"{shown(path)} in the layer is a hard link to {shown(target)}, which is neither in the "
+        "layer nor below it; the image has to be built again"
+    )
+
+
 class Builder:
     """Applies a layer's entries in order.
 
@@ -115,7 +125,8 @@ class Builder:
         self._borrowed: list[Node] = []
         self._whiteout = Node(stat.S_IFCHR, nlink=0)
         self._whiteouts: list[tuple[Directory, bytes]] = []
-        self._depends = False
+        # Whether the tree so far would be another one over other lower layers.
+        self.depends = False
         self._root_depends = True
         self._root = _implied(lowers, Entry(b"", 0))
         # Directories by the names that entries called them.
@@ -167,6 +178,8 @@ class Builder:
 
     def finish(self) -> Tree:
         """The tree; the builder must not be used after that."""
+        if self._root.opaque:
+            self._hide_below_root()
         for directory, name in self._whiteouts:
             if directory.children.get(name) is self._whiteout:
                 if _lower(directory, name)[0] is None:
@@ -177,7 +190,7 @@ class Builder:
             self._root,
             tuple(self._unresolved),
             tuple(self._borrowed),
-            self._depends,
+            self.depends,
             self._root_depends,
         )
 
@@ -186,7 +199,7 @@ class Builder:
     def _apply_marker(self, entry: Entry, parent_path: bytes, name: bytes) -> bool:
         """Apply a whiteout or an opaque marker; False when the entry is neither."""
         if name == OPAQUE_MARKER:
-            self._depends = True
+            self.depends = True
             directory = self._find_existing(parent_path, entry)
             if directory is not None:
                 _hide_lowers(directory)
@@ -200,7 +213,7 @@ class Builder:
             raise InvalidLayer(
                 f"{shown(entry.path)} in the layer marks no name as deleted; do not use this image"
             )
-        self._depends = True
+        self.depends = True
         directory = self._find_existing(parent_path, entry)
         if directory is not None:
             self._hide(directory, name)
@@ -212,7 +225,24 @@ class Builder:
             directory.children[name] = self._whiteout
             self._whiteouts.append((directory, name))
         elif type(existing) is Directory:
-            _hide_lowers(existing)
+            if existing.twin:
+                self._discard(directory, existing)
+                del directory.children[name]
+                self._hide(directory, name)
+            else:
+                _hide_lowers(existing)
+
+    def _hide_below_root(self) -> None:
+        """Hide each name below: overlayfs does not look whether a root is opaque."""
+        root = self._root
+        root.opaque = False
+        for name in sorted({name for lower in root.lowers for name in lower.children}):
+            existing = root.children.get(name)
+            if existing is None:
+                self._hide(root, name)
+            elif type(existing) is Directory:
+                existing.opaque = True
+                existing.lowers = _lower(root, name)[1]
 
     def _set_root(self, entry: Entry) -> None:
         if not stat.S_ISDIR(entry.mode):
@@ -227,6 +257,7 @@ class Builder:
     ) -> None:
         if type(existing) is Directory:
             _set_attributes(existing, entry)
+            existing.twin = False
             return
         self._count(name, entry)
         directory = Directory(entry.mode, nlink=2)
@@ -240,7 +271,7 @@ class Builder:
         directory.lowers = _lower(parent, name)[1]
         if existing is not None:  # which had hidden what lower layers have here
             directory.opaque = True
-            self._depends = True
+            self.depends = True
             self._discard(parent, existing)
         parent.children[name] = directory
         parent.nlink += 1
@@ -255,7 +286,7 @@ class Builder:
         if target is None:
             target = self._borrow(parent, name, entry)
         if target is None or target is self._whiteout:
-            self._depends = True
+            self.depends = True
             self._unresolved.append((entry.path, entry.link))
             return None
         if type(target) is Directory:
@@ -327,15 +358,18 @@ class Builder:
             if node.link.startswith(b"/"):
                 del stack[1:]
             pending.extend(node.link.split(b"/")[::-1])
-        self._remember(path, stack[-1])
+        if make:
+            self._remember(path, stack[-1])
         return stack[-1]
 
     def _step(self, parent: Directory, name: bytes, entry: Entry, *, make: bool) -> Node | None:
         """What ``name`` is in a directory of the merged tree."""
         existing = parent.children.get(name)
         if existing is not None and existing is not self._whiteout:
+            if make and type(existing) is Directory:
+                existing.twin = False
             return existing
-        self._depends = True
+        self.depends = True
         below, merged = (None, ()) if existing else _lower(parent, name)
         if below is not None and not merged:
             return below
@@ -343,6 +377,7 @@ class Builder:
             return None
         self._count(name, entry)
         directory = _implied(merged, entry)
+        directory.twin = not make
         self._put_directory(parent, name, existing, directory)
         return directory
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import msgspec
 
-from store.cas import Digest
-from store.errors import DigestMismatch, LimitExceeded, PullCancelled
+from store.cas import WRITEBACK, Digest, start_writeback
+from store.errors import DigestMismatch, InvalidLayer, LimitExceeded, PullCancelled
 from store.index import Entry, IndexWriter
 from store.inflate import ChunkReader, inflated
 from store.tar import TarParser
 from store.tar_names import shown
-from store.tree import Builder, Tree
+from store.tree import Builder, Tree, why_unresolved
 
 # A buffer is inflated in about 2 ms: long against the 20 µs that handing it on costs,
 # short against a pull. Six keep every thread busy when another falls behind for a moment.
@@ -56,10 +56,15 @@ class LayerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Unpacked(msgspec.Struct, frozen=True):
-    """What a blob turned out to hold: the tree, and the data file's size in bytes."""
+    """What a blob turned out to hold: the tree, and the data file's size in bytes.
+
+    ``needs_lower`` says why the layer can't be the lowest one; empty if it can. Then ``tree`` is
+    incomplete.
+    """
 
     tree: Tree
     data_size: int
+    needs_lower: str
 
 
 def unpack_blob(
@@ -168,13 +173,14 @@ class _Consumer:
         self._limits = limits
         self._parser = TarParser(data)
         self._builder = Builder(max_inodes=limits.layer_entries)
+        self._add = self._add_to_tree
+        self._needs_lower = ""
         self._metadata = 0
 
     def take(self, view: memoryview) -> None:
-        add = self._builder.add
         index = self._index.add
         for entry in self._parser.feed(view):
-            add(entry)
+            self._add(entry)
             index(entry)
             self._metadata += len(entry.path) + len(entry.link)
             if entry.xattrs is not None or entry.size > BUFFER_SIZE:
@@ -190,7 +196,28 @@ class _Consumer:
     def finish(self) -> Unpacked:
         self._parser.finish()
         self._index.close()
-        return Unpacked(self._builder.finish(), self._data.finish())
+        tree = self._builder.finish()
+        if tree.unresolved and not self._needs_lower:
+            path, target = tree.unresolved[0]
+            self._needs_lower = why_unresolved(path, target)
+        return Unpacked(tree, self._data.finish(), self._needs_lower)
+
+    def _add_to_tree(self, entry: Entry) -> None:
+        """Apply the entry as if there were no lower layers.
+
+        What is wrong then may be right over them, where a missing parent turns out to be a
+        symbolic link: so that error has to wait until they are known.
+        """
+        try:
+            self._builder.add(entry)
+        except InvalidLayer as error:
+            if not self._builder.depends:
+                raise
+            self._needs_lower = error.sentence
+            self._add = self._skip
+
+    def _skip(self, entry: Entry) -> None:
+        pass
 
     def _check(self, entry: Entry) -> None:
         for name, value in (entry.xattrs or {}).items():
@@ -208,7 +235,9 @@ class DataFile:
 
     Bytes are collected as views and written with few system calls, zeros between
     contents included: so the file is written in one sweep. Only what sparse files leave
-    out becomes holes.
+    out becomes holes. The kernel is told to start writing to the disk on the way: at the
+    end 240 MB are synced in 5 ms instead of 150 ms, so a layer can be durable before it
+    appears, at no measurable cost.
     """
 
     def __init__(self, fd: int) -> None:
@@ -217,6 +246,7 @@ class DataFile:
         self._start = 0  # where the collected views go
         self._views: list[memoryview] = []
         self._position = 0
+        self._sent = 0  # up to here the kernel is writing back
 
     def begin(self, size: int) -> int:
         start = self._end + -self._end % ALIGNMENT
@@ -243,6 +273,9 @@ class DataFile:
         for first in range(0, len(self._views), _IOV_MAX):
             self._write(self._views[first : first + _IOV_MAX])
         self._views.clear()
+        if self._start - self._sent >= WRITEBACK:
+            start_writeback(self._fd, self._sent, self._start - self._sent)
+            self._sent = self._start
 
     def finish(self) -> int:
         """Round the file up to whole blocks; its size."""
