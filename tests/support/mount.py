@@ -1,0 +1,136 @@
+"""A ctrfs daemon on a private root and mountpoint, as a process of its own."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from runtime import linux
+from tools.options import run_directory
+
+
+class Mount:
+    """Runs `ctrfs mount --foreground` on directories below ``directory``.
+
+    ``path`` is the mountpoint. Call ``start`` first and ``destroy`` last.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.root = directory / "root"
+        self.path = directory / "ctr"
+        self.run = run_directory(self.root)
+        self.log = directory / "daemon.log"
+        self.config: Path | None = None
+        self.path.mkdir(exist_ok=True)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the daemon and wait until the tree answers."""
+        command = [sys.executable, "-m", "tools.ctrfs", "mount", "--foreground"]
+        command += [
+            "--root",
+            str(self.root),
+            *(["--config", str(self.config)] if self.config else []),
+        ]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen([*command, str(self.path)], stderr=log)
+        deadline = time.monotonic() + 30
+        while not self.path.is_mount() or not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the daemon did not start:\n{self.log.read_text()}")
+            time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        try:
+            return (self.path / "version").exists()
+        except OSError:
+            return False  # the mount of a daemon that was killed, not replaced yet
+
+    def stop(self) -> None:
+        """SIGTERM: a clean end, which leaves containers running."""
+        assert self._process is not None
+        self._process.terminate()
+        code = self._process.wait(30)
+        self._process = None
+        assert code == 0, self.log.read_text()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(30)
+        self._process = None
+
+    def pull(self, reference: str) -> None:
+        """Pull an image as a user does."""
+        self.write("images/pull", reference)
+
+    def write(self, path: str, text: str) -> None:
+        """One write(2) of ``text`` and a newline, as echo does."""
+        descriptor = os.open(self.path / path, os.O_WRONLY | os.O_TRUNC)
+        try:
+            os.write(descriptor, text.encode() + b"\n")
+        finally:
+            os.close(descriptor)
+
+    def read(self, path: str) -> str:
+        """A file of the tree without its last newline."""
+        return (self.path / path).read_text().removesuffix("\n")
+
+    def container(self, name: str, image: str, *args: str) -> Path:
+        """Make a container."""
+        path = self.path / "containers" / name
+        path.mkdir()
+        self.write(f"containers/{name}/image", image)
+        self.write(f"containers/{name}/args", "\n".join(args))
+        return path
+
+    def run_container(self, name: str, image: str, *args: str) -> tuple[int, str]:
+        """Run a container to its end: exit code and output. The container stays."""
+        self.container(name, image, *args)
+        self.write(f"containers/{name}/state", "start")
+        return int(self.read(f"containers/{name}/wait")), self.read(f"containers/{name}/log")
+
+    def last_error(self) -> str:
+        """The newest line of `errors`."""
+        return self.read("errors").splitlines()[-1]
+
+    def destroy(self) -> None:
+        """End everything, whatever state it is in, and leave no mount behind."""
+        if self._process is not None and self._process.poll() is None:
+            self._remove_containers()
+            self.stop()
+        for pid in self._monitors():
+            os.kill(pid, signal.SIGKILL)
+        for mounted in reversed(linux.mounts()):
+            if mounted.target.startswith((str(self.path), str(self.run), str(self.root))):
+                linux.umount(mounted.target, linux.MNT_DETACH)
+        shutil.rmtree(self.run, ignore_errors=True)
+
+    def _remove_containers(self) -> None:
+        for name in os.listdir(self.path / "containers"):
+            if name != "README":
+                if self.read(f"containers/{name}/state") in ("running", "paused"):
+                    self.write(f"containers/{name}/state", "kill")
+                (self.path / "containers" / name).rmdir()
+
+    def _monitors(self) -> list[int]:
+        """Processes that have our run directory in their command line."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                try:
+                    if str(self.run).encode() in (entry / "cmdline").read_bytes():
+                        found.append(int(entry.name))
+                except OSError:
+                    continue
+        return found
