@@ -3,12 +3,12 @@
 The file <run>/pid has the daemon's process id in its first line and its mountpoint in
 the second. The lock (flock(2)), not the number, says whether that daemon is alive: the
 kernel drops it with the process, however that ended, and no other process can be
-mistaken for it. The file itself stays, because a lock on a file that someone else has
-just unlinked would guard nothing.
+mistaken for it.
 """
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,29 +44,66 @@ def claimed(options: Options) -> Iterator[None]:
         StorageFailed: a directory or the file cannot be made.
     """
     _make(options.root, 0o711)
-    _make(options.run, 0o700)
     path = options.run / PID_FILE
-    with storage(f"opening {path}"):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _locked(path, options.root)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            other = _read(descriptor)
-            where = f" (pid {other.pid}, mounted at {other.mountpoint})" if other else ""
-            raise StoreInUse(
-                f"{options.root} is in use by another ctrfs{where}; use that mount, unmount it"
-                " with `ctrfs umount`, or give this one another --root"
-            ) from None
         with storage(f"writing {path}"):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, os.fsencode(f"{os.getpid()}\n{options.mountpoint}\n"), 0)
         try:
             yield
         finally:
-            os.ftruncate(descriptor, 0)
+            path.unlink(missing_ok=True)
+            _prune(options.run)
     finally:
         os.close(descriptor)
+
+
+def _locked(path: Path, root: Path) -> int:
+    """A descriptor of the locked pid file.
+
+    A daemon that ends just now may remove the directory that we made, or the file that we
+    opened; then all begins anew.
+    """
+    while True:
+        _make(path.parent, 0o700)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = _read(descriptor)
+            os.close(descriptor)
+            where = f" (pid {other.pid}, mounted at {other.mountpoint})" if other else ""
+            raise StoreInUse(
+                f"{root} is in use by another ctrfs{where}; use that mount, unmount it with"
+                " `ctrfs umount`, or give this one another --root"
+            ) from None
+        if _is(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
+def _prune(directory: Path) -> None:
+    """Remove the empty directories of a tree, leaving what containers that run on need.
+
+    Does not go into what is mounted there.
+    """
+    with suppress(OSError):
+        device = directory.lstat().st_dev
+        for entry in os.scandir(directory):
+            status = entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode) and status.st_dev == device:
+                _prune(Path(entry))
+        directory.rmdir()
 
 
 def _make(directory: Path, mode: int) -> None:

@@ -63,6 +63,8 @@ def _timed() -> logging.Formatter:
 
 def _use(handler: logging.Handler, level: str) -> None:
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    # Each connection to a registry is a line of its, which would hide ours.
+    logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
 def _stderr_is_journal() -> bool:
