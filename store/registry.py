@@ -1,6 +1,7 @@
 """Images in a registry (OCI distribution specification 1.1, "Pull")."""
 
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -18,7 +19,6 @@ from store.errors import (
     ImageNotFound,
     InvalidReference,
     PullCancelled,
-    RegistryError,
     RegistryUnauthorized,
     SizeMismatch,
     StoreError,
@@ -34,6 +34,8 @@ from store.transport import (
     is_loopback,
     origin,
 )
+
+log = logging.getLogger(__name__)
 
 # Docker Hub's name is not the name of its registry.
 _DOCKER_HUB = "registry-1.docker.io"
@@ -60,7 +62,7 @@ class Registry:
     def resolve(self) -> tuple[Descriptor, bytes]:
         """What tag or digest stand for now."""
         wanted = self._reference.digest or self._reference.tag or ""
-        return self._anywhere(lambda endpoint: self._resolve_at(endpoint, wanted))
+        return self._patiently(lambda endpoint: self._resolve_at(endpoint, wanted))
 
     def _resolve_at(self, endpoint: "_Endpoint", wanted: str) -> tuple[Descriptor, bytes]:
         with self._manifest_answer(endpoint, wanted) as response:
@@ -101,7 +103,7 @@ class Registry:
             descriptor.check(data)
             return data
 
-        return self._anywhere(fetch)
+        return self._patiently(fetch)
 
     def fetch_config(self, descriptor: Descriptor) -> bytes:
         """An image configuration."""
@@ -114,7 +116,7 @@ class Registry:
             descriptor.check(data)
             return data
 
-        return self._anywhere(fetch)
+        return self._patiently(fetch)
 
     def _document(self, response: requests.Response, limit: int, what: str) -> bytes:
         data = self._transport.read(response, limit, what)
@@ -133,6 +135,7 @@ class Registry:
                 response.close()
                 raise
 
+        # Without patience: whoever wants a blob counts the attempts to get all of it.
         return self._anywhere(begin)
 
     def _blob_answer(
@@ -156,14 +159,17 @@ class Registry:
 
     def _anywhere(self, work: Callable[["_Endpoint"], _T]) -> _T:
         """``work`` at the first endpoint where it succeeds; the registry's own error otherwise."""
-        for endpoint in self._endpoints[:-1]:
+        for mirror in self._endpoints[:-1]:
             try:
-                return self._transport.patiently(lambda at=endpoint: work(at))  # type: ignore[misc]
+                return work(mirror)
             except PullCancelled:
                 raise
-            except StoreError:
-                continue
-        return self._transport.patiently(lambda: work(self._endpoints[-1]))
+            except StoreError as error:
+                log.info("the mirror %s does not help: %s", mirror.host, error.sentence)
+        return work(self._endpoints[-1])
+
+    def _patiently(self, work: Callable[["_Endpoint"], _T]) -> _T:
+        return self._transport.patiently(lambda: self._anywhere(work))
 
     def ping(self) -> None:
         """Ask whether there is a registry.
@@ -271,11 +277,12 @@ class HttpBlob:
         """The next piece."""
         try:
             with connection_errors(self._host):
-                return self._raw.read(CHUNK, decode_content=False)
-        except RegistryError:
+                # As much as has arrived: a slow registry must show in the progress, and what
+                # came before a stall must not be lost.
+                return self._raw.read1(CHUNK, decode_content=False)
+        finally:
             if self._aborted:
                 raise PullCancelled("the pull was cancelled") from None
-            raise
 
     def abort(self) -> None:
         """Shut the connection down, which wakes up a waiting ``read()``."""

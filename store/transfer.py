@@ -36,9 +36,9 @@ from store.transport import pause_before
 
 log = logging.getLogger(__name__)
 
-# Pieces between the two threads, 1 MiB each: enough that neither waits for a hiccup of the
-# other, and little against what unpacking holds anyway.
-PIPE_PIECES = 8
+# Bytes between the two threads: enough that neither waits for a hiccup of the other, and
+# little against what unpacking holds anyway.
+PIPE_BYTES = 8 << 20
 
 # A connection that brought this much before it broke was worth it: attempts are counted
 # anew. Less would let a hostile registry keep us busy for ever at no cost.
@@ -78,11 +78,12 @@ async def interruptible(work: Callable[[], _T], interrupt: Callable[[], None]) -
 
 
 class Pipe:
-    """Pieces of bytes from one thread to another, at most PIPE_PIECES on the way."""
+    """Pieces of bytes from one thread to another, about PIPE_BYTES on the way at most."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._pieces: deque[bytes] = deque()
+        self._held = 0
         self._ended = False
         self._broken = False
         self._unwanted = False
@@ -94,12 +95,13 @@ class Pipe:
             PullCancelled: the pipe was broken.
         """
         with self._changed:
-            while len(self._pieces) >= PIPE_PIECES and not (self._broken or self._unwanted):
+            while self._held >= PIPE_BYTES and not (self._broken or self._unwanted):
                 self._changed.wait()
             if self._broken:
                 raise PullCancelled("the pull was cancelled")
             if not self._unwanted:
                 self._pieces.append(piece)
+                self._held += len(piece)
                 self._changed.notify_all()
 
     def end(self) -> None:
@@ -136,6 +138,7 @@ class Pipe:
                 if not self._pieces:
                     return
                 piece = self._pieces.popleft()
+                self._held -= len(piece)
                 self._changed.notify_all()
             yield piece
 

@@ -119,8 +119,11 @@ class Transport:
 
         Raises:
             RegistryError: there is no answer, or this host may not be spoken to so.
+            PullCancelled: the transport was closed.
         """
         parts = self._checked(url)
+        if self._closed.is_set():
+            raise PullCancelled("the pull was cancelled")
         with connection_errors(parts.netloc):
             return self._session.request(
                 "GET" if form is None else "POST",
