@@ -67,8 +67,8 @@ class Directory(Node, gc=False):
     """A directory with its names.
 
     ``lowers`` are the directories of lower layers that it is merged with, highest first;
-    ``opaque`` means that they are hidden. ``twin`` marks one that exists here only
-    so that something below it can be marked as deleted.
+    ``opaque`` means that they are hidden. ``twin`` marks one that no entry asked for: it is
+    here to hold deleted names, or lower files that got another name.
     """
 
     children: dict[bytes, Node] = msgspec.field(default_factory=dict)
@@ -123,6 +123,8 @@ class Builder:
         self._max_inodes = max_inodes
         self._unresolved: list[tuple[bytes, bytes]] = []
         self._borrowed: list[Node] = []
+        # Names that lower layers have, made here only since another name was linked to them.
+        self._lent: dict[tuple[int, bytes], tuple[Directory, Node]] = {}
         self._whiteout = Node(stat.S_IFCHR, nlink=0)
         self._whiteouts: list[tuple[Directory, bytes]] = []
         # Whether the tree so far would be another one over other lower layers.
@@ -173,6 +175,8 @@ class Builder:
             node = target
         if existing is not None:
             self._discard(parent, existing)
+        elif parent.lowers:
+            self._cover(parent, name)
         node.nlink += 1
         parent.children[name] = node
 
@@ -202,7 +206,7 @@ class Builder:
             self.depends = True
             directory = self._find_existing(parent_path, entry)
             if directory is not None:
-                _hide_lowers(directory)
+                self._hide_lowers(directory)
             return True
         if any(part.startswith(_RESERVED_PREFIX) for part in entry.path.split(b"/")):
             return True
@@ -222,15 +226,37 @@ class Builder:
     def _hide(self, directory: Directory, name: bytes) -> None:
         existing = directory.children.get(name)
         if existing is None:
+            self._cover(directory, name)
             directory.children[name] = self._whiteout
             self._whiteouts.append((directory, name))
+        elif self._is_only_below(directory, name, existing):
+            self._discard(directory, existing)
+            del directory.children[name]
+            self._hide(directory, name)
         elif type(existing) is Directory:
-            if existing.twin:
-                self._discard(directory, existing)
-                del directory.children[name]
-                self._hide(directory, name)
-            else:
-                _hide_lowers(existing)
+            self._hide_lowers(existing)
+
+    def _hide_lowers(self, directory: Directory) -> None:
+        """Make a directory opaque; those in it are then merged with nothing."""
+        directory.opaque = True
+        self._forget()
+        pending = [directory]
+        while pending:
+            parent = pending.pop()
+            for name, child in list(parent.children.items()):
+                if self._is_only_below(parent, name, child):
+                    self._discard(parent, child)
+                    del parent.children[name]
+                elif type(child) is Directory and child.lowers:
+                    child.lowers = ()
+                    pending.append(child)
+
+    def _is_only_below(self, directory: Directory, name: bytes, node: Node) -> bool:
+        """True when the name is here only as a copy of a lower layer's."""
+        if type(node) is Directory:
+            return node.twin
+        lent = self._lent.get((id(directory), name))
+        return lent is not None and lent[1] is node
 
     def _hide_below_root(self) -> None:
         """Hide each name below: overlayfs does not look whether a root is opaque."""
@@ -273,18 +299,20 @@ class Builder:
             directory.opaque = True
             self.depends = True
             self._discard(parent, existing)
+        else:
+            self._cover(parent, name)
         parent.children[name] = directory
         parent.nlink += 1
 
     def _link_target(self, entry: Entry) -> Node | None:
         """The node that a hard link entry names; None when it isn't to be found."""
         parent_path, _, name = entry.link.rpartition(b"/")
-        parent = self._known.get(parent_path)
-        if parent is None:
-            parent = self._find(parent_path, entry)
-        target = parent.children.get(name) if name else parent
-        if target is None:
-            target = self._borrow(parent, name, entry)
+        parent = self._find_existing(parent_path, entry)
+        target: Node | None = None
+        if parent is not None:
+            target = parent.children.get(name) if name else parent
+            if target is None:
+                target = self._borrow(parent, name, entry)
         if target is None or target is self._whiteout:
             self.depends = True
             self._unresolved.append((entry.path, entry.link))
@@ -306,6 +334,7 @@ class Builder:
         if stat.S_ISREG(node.mode) and node.size:
             self._borrowed.append(node)
         parent.children[name] = node
+        self._lent[id(parent), name] = parent, node
         return node
 
     # --- names ----------------------------------------------------------------------
@@ -390,6 +419,12 @@ class Builder:
     def _forget(self) -> None:
         self._known = {b"": self._root}
 
+    def _cover(self, parent: Directory, name: bytes) -> None:
+        """A name that only lower layers had so far is about to get a node here."""
+        below = _lower(parent, name)[0]
+        if below is not None and stat.S_ISLNK(below.mode):
+            self._forget()  # paths may have led through that link
+
     def _discard(self, parent: Directory, node: Node) -> None:
         """A name of ``node`` in ``parent`` is about to be given to another node."""
         if node is self._whiteout:
@@ -473,17 +508,6 @@ def _set_attributes(directory: Directory, entry: Entry) -> None:
     directory.seconds = entry.seconds
     directory.nanoseconds = entry.nanoseconds
     directory.xattrs = entry.xattrs
-
-
-def _hide_lowers(directory: Directory) -> None:
-    """Make a directory opaque; those in it are then merged with nothing."""
-    directory.opaque = True
-    pending = [directory]
-    while pending:
-        for child in pending.pop().children.values():
-            if type(child) is Directory and child.lowers:
-                child.lowers = ()
-                pending.append(child)
 
 
 def _files_below(directory: Directory) -> Iterator[Node]:

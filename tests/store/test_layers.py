@@ -1,20 +1,39 @@
 """Layers from blob to mount: what the kernel shows is what umoci unpacks."""
 
+import errno
 import gzip
 import hashlib
+import itertools
 import os
-import stat
+import random
+import re
+import shutil
+import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from store.cas import Digest
-from store.layers import Layer, Layers
-from tests.support.mounting import mounted_image, mounted_stack
-from tests.support.tars import archive, directory, entry, pax
+from store.errors import (
+    CorruptContent,
+    CtrfsError,
+    DigestMismatch,
+    InvalidLayer,
+    LimitExceeded,
+    PullCancelled,
+    StorageFailed,
+)
+from store.layers import Layer, LayerLimits, Layers
+from tests.support.mounting import mounted, mounted_stack
+from tests.support.tars import archive, directory, entry, header, pax
 from tests.support.treediff import tree_diff
 from tests.support.umoci import umoci_unpack
 
@@ -85,7 +104,14 @@ STACKS: dict[str, list[bytes]] = {
             directory(b"./", mtime=5),
             pax([(b"SCHILY.xattr.user.big", b"v" * 3500), (b"SCHILY.xattr.trusted.t", b"\0\1")])
             + entry(b"f", data=b"x"),
-            pax([(b"SCHILY.xattr.security.capability", bytes.fromhex("0100000200200000") + bytes(12))])
+            pax(
+                [
+                    (
+                        b"SCHILY.xattr.security.capability",
+                        bytes.fromhex("0100000200200000") + bytes(12),
+                    )
+                ]
+            )
             + entry(b"cap", data=b"x"),
             pax([(b"SCHILY.xattr.user.d", b"d")]) + directory(b"d/", mtime=7),
             pax(
@@ -257,6 +283,19 @@ def test_the_mount_equals_umocis_tree(
     check_images(layers)
 
 
+def test_what_is_deleted_and_hidden_stays_so_in_the_stack(layers: Layers, tmp_path: Path) -> None:
+    """A hard link to a lower file whose other name is then deleted."""
+    archives = [
+        archive(directory(b"./"), entry(b"a", data=b"shared", mode=0o600)),
+        archive(entry(b"b", b"1", link=b"a"), entry(b".wh.a")),
+        archive(entry(b".wh.b"), entry(b"c", b"1", link=b"b")),
+    ]
+    with pytest.raises(InvalidLayer, match=r"'/c' .* hard link to '/b'"):
+        layers.mountable([unpack(layers, data).diff_id for data in archives])
+    with shown(layers, archives[:2], tmp_path) as path:
+        assert (path / "b").read_bytes() == b"shared"
+
+
 def check_images(layers: Layers) -> None:
     """fsck.erofs finds nothing wrong in any image of the store."""
     for layer in layers:
@@ -265,3 +304,410 @@ def check_images(layers: Layers) -> None:
             command.insert(1, f"--device={layer.data}")
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr + result.stdout
+
+
+NAMES = [b"a", b"b", b"c", b"a/a", b"a/b", b"b/a", b"b/a/c", b"c/b", b"a/b/c", b"c/a/b"]
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> list[bytes]:
+    """One to three layers of few names that get in each other's way."""
+    archives = []
+    files = [b"a"]
+    for number in range(draw(st.integers(1, 3))):
+        parts = [directory(b"./", mtime=5)] if draw(st.booleans()) else []
+        for _ in range(draw(st.integers(1, 7))):
+            name = draw(st.sampled_from(NAMES))
+            parent, slash, base = name.rpartition(b"/")
+            match draw(st.sampled_from("fffdddldlhwwo")):
+                case "f":
+                    files.append(name)
+                    parts.append(entry(name, data=b"%d-%d" % (number, len(parts)), mtime=9))
+                case "d":
+                    parts.append(directory(name, mode=draw(st.sampled_from([0o755, 0o711]))))
+                case "l":
+                    link = draw(st.sampled_from([b"a", b"/b", b"../c", b"b/a", b".", b".."]))
+                    parts.append(entry(name, b"2", link=link))
+                case "h":
+                    parts.append(entry(name, b"1", link=draw(st.sampled_from(files))))
+                case "w":
+                    parts.append(entry(parent + slash + b".wh." + base))
+                case _:
+                    parts.append(entry(parent + slash + b".wh..wh..opq"))
+        archives.append(archive(*parts))
+    return archives
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(archives=stacks())
+def test_any_stack_equals_umocis_tree(
+    tmp_path_factory: pytest.TempPathFactory, archives: list[bytes]
+) -> None:
+    """What umoci accepts, we accept, and it comes out the same.
+
+    But for two things. Directories have other times where umoci takes the present one.
+    And copies of a lower file that a layer links to don't stay one file with all of that
+    file's names, only with those of the layer, as always with overlayfs.
+    """
+    work = tmp_path_factory.mktemp("any")
+    try:
+        reference = umoci_unpack(archives, work / "umoci")
+    except subprocess.CalledProcessError:
+        reference = None
+    layers = Layers(work / "layers")
+    try:
+        with shown(layers, archives, work / "mounts") as path:
+            if reference is not None:
+                assert tree_diff(path, reference, only=("mode", "owner", "size", "text")) == []
+            else:
+                assert sum(1 for _ in os.walk(path)) > 0
+    except InvalidLayer:
+        assert reference is None
+    check_images(layers)
+    shutil.rmtree(work)
+
+
+ALL_KINDS = STACKS["all kinds"][0][:-1024]
+HEADERS = [at for at in range(0, len(ALL_KINDS), 512) if ALL_KINDS[at + 257 : at + 262] == b"ustar"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    changes=st.lists(
+        st.tuples(
+            st.sampled_from(HEADERS),
+            st.one_of(st.integers(0, 511), st.sampled_from([0, 124, 135, 156, 257, 345])),
+            st.binary(min_size=1, max_size=12),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_a_hostile_archive_is_refused_or_mounts(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int, bytes]]
+) -> None:
+    """Headers of any content, with right checksums: never anything but a domain error."""
+    data = bytearray(ALL_KINDS)
+    for header_at, offset, value in changes:
+        end = min(offset + len(value), 512)
+        data[header_at + offset : header_at + end] = value[: end - offset]
+        data[header_at + 148 : header_at + 156] = b" " * 8
+        total = sum(data[header_at : header_at + 512])
+        data[header_at + 148 : header_at + 156] = b"%06o\0 " % total
+    work = tmp_path_factory.mktemp("hostile")
+    layers = Layers(work / "layers")
+    try:
+        with shown(layers, [archive(bytes(data))], work / "mounts") as path:
+            for directory_name, _, names in os.walk(os.fsencode(path)):
+                for name in names:
+                    os.lstat(os.path.join(directory_name, name))
+    except CtrfsError as error:
+        assert error.sentence
+        assert files_in(work / "layers") == [] or len(list(layers)) == 1
+    check_images(layers)
+    shutil.rmtree(work)
+
+
+def test_a_link_to_a_lower_file_outlives_its_other_name(layers: Layers, tmp_path: Path) -> None:
+    archives = [
+        archive(directory(b"./"), entry(b"a", data=b"shared" * 1000, mode=0o600)),
+        archive(entry(b"b", b"1", link=b"a"), entry(b".wh.a")),
+        archive(entry(b"c", b"1", link=b"b"), entry(b"own", data=b"own")),
+        archive(entry(b"d", b"1", link=b"c")),
+        archive(entry(b".wh.b"), entry(b"e", b"1", link=b"b")),
+    ]
+    diff_ids = [unpack(layers, data).diff_id for data in archives]
+    with mounted_stack(layers.mountable(diff_ids[:4]), tmp_path) as path:
+        assert sorted(os.listdir(path)) == ["b", "c", "d", "own"]
+        assert {(path / name).read_bytes() for name in "bcd"} == {b"shared" * 1000}
+        assert (path / "d").stat().st_mode & 0o7777 == 0o600
+        assert (path / "own").read_bytes() == b"own"
+    with pytest.raises(InvalidLayer, match=r"'/e' .* hard link to '/b'"):
+        layers.mountable(diff_ids)
+
+
+# --- what is shared, what is made for a stack --------------------------------------------
+
+BASE = archive(directory(b"./", mode=0o711), directory(b"d/"), entry(b"d/f", data=b"x"))
+COMPLETE = archive(directory(b"./"), directory(b"d/"), entry(b"d/g", data=b"y"))
+ROOTLESS = archive(directory(b"d/"), entry(b"d/h", data=b"z"))
+IMPLIED = archive(directory(b"./"), entry(b"d/i", data=b"z"))
+
+
+def test_layers_share_one_image_between_stacks_where_they_can(layers: Layers) -> None:
+    base, complete, rootless, implied = (
+        unpack(layers, data).diff_id for data in (BASE, COMPLETE, ROOTLESS, IMPLIED)
+    )
+    alone = [layers.mountable([item])[0] for item in (base, complete, rootless, implied)]
+    assert len({image.key for image in alone}) == 4
+    assert all(re.fullmatch(r"[0-9a-f]{12,}", image.key) for image in alone)
+    assert layers.mountable([base, complete]) == (alone[0], alone[1])
+    assert layers.mountable([complete, base]) == (alone[1], alone[0])
+    assert layers.mountable([base, rootless, complete]) == (alone[0], alone[2], alone[1])
+    on_top = layers.mountable([base, rootless])[1]
+    assert on_top.key != alone[2].key
+    assert on_top.data == alone[2].data
+    assert layers.mountable([base, rootless])[1] == on_top
+    assert layers.mountable([base, implied])[1] != alone[3]
+    assert layers.mountable([base, implied])[1] != layers.mountable([complete, implied])[1]
+    assert layers.mountable([]) == ()
+
+
+def test_a_chain_outlives_a_restart_and_goes_with_its_layers(
+    layers: Layers, tmp_path: Path
+) -> None:
+    diff_ids = [unpack(layers, data).diff_id for data in (BASE, IMPLIED)]
+    images = layers.mountable(diff_ids)
+    again = Layers(tmp_path / "layers")
+    inode = images[1].meta.stat().st_ino
+    assert again.mountable(diff_ids) == images
+    assert images[1].meta.stat().st_ino == inode
+    again.remove(diff_ids[0])
+    again.remove(diff_ids[0])
+    assert not images[1].meta.exists()
+    assert again.get(diff_ids[0]) is None
+    with pytest.raises(CorruptContent, match=diff_ids[0]):
+        again.mountable(diff_ids)
+    again.remove(diff_ids[1])
+    assert files_in(tmp_path / "layers") == []
+
+
+def test_a_layer_is_found_again(layers: Layers, tmp_path: Path) -> None:
+    layer = unpack(layers, BASE)
+    assert (layer.data_size, layer.inodes) == (4096, 3)
+    assert layers.get(layer.diff_id) == layer
+    assert Layers(tmp_path / "layers").get(layer.diff_id) == layer
+    empty = unpack(layers, archive())
+    assert (empty.data_size, empty.data, empty.inodes) == (0, None, 1)
+
+
+@pytest.mark.logs(r"removing the layer")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "layer.json").unlink(),
+        lambda path: (path / "layer.json").write_bytes(b"{"),
+        lambda path: (path / "layer.json").write_bytes(
+            (path / "layer.json").read_bytes().replace(b'"format":1', b'"format":0')
+        ),
+        lambda path: path.rename(path.parent / ("0" * 64)),
+    ],
+    ids=["no record", "broken record", "other version", "other name"],
+)
+def test_a_layer_that_cannot_be_used_is_removed_and_made_again(
+    layers: Layers, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    layer = unpack(layers, BASE)
+    damage(layer.directory)
+    again = Layers(tmp_path / "layers")
+    assert again.get(layer.diff_id) is None
+    assert files_in(tmp_path / "layers") == []
+    assert unpack(again, BASE) == layer
+
+
+def test_a_damaged_index_is_reported(layers: Layers) -> None:
+    for damaged in (b"", b"ctrfsidx\2\0\0\0", None):
+        diff_ids = [unpack(layers, data).diff_id for data in (BASE, IMPLIED)]
+        base = layers.get(diff_ids[0])
+        assert base is not None
+        base.index.write_bytes(base.index.read_bytes()[:-3] if damaged is None else damaged)
+        with pytest.raises(CorruptContent, match=r"index"):
+            layers.mountable(diff_ids)
+        layers.remove(diff_ids[0])
+
+
+def test_one_layer_unpacked_by_several_threads(layers: Layers, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: unpack(layers, BASE), range(8)))
+        stacks = list(
+            threads.map(
+                lambda _: layers.mountable([found[0].diff_id, unpack(layers, IMPLIED).diff_id]),
+                range(8),
+            )
+        )
+    assert len(set(map(repr, found))) == 1
+    assert len(set(stacks)) == 1
+    assert len(list((tmp_path / "layers" / "chains").iterdir())) == 1
+
+
+# --- bad input: refused, nothing left -----------------------------------------------------
+
+
+def files_in(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+DEVICE = entry(b"dev", b"3", device=(0, 0))
+BAD = {
+    "leads out": (archive(entry(b"../../etc/passwd", data=b"x")), InvalidLayer, "etc/passwd"),
+    "link leads out": (archive(entry(b"l", b"1", link=b"../x")), InvalidLayer, "'/l'"),
+    "below a file": (
+        archive(entry(b"f", data=b"x"), entry(b"f/g", data=b"y")),
+        InvalidLayer,
+        "'/f/g'",
+    ),
+    "links in a circle": (
+        archive(entry(b"a", b"2", link=b"b"), entry(b"b", b"2", link=b"a"), entry(b"a/f")),
+        InvalidLayer,
+        "'/a/f'",
+    ),
+    "hard link to a directory": (
+        archive(directory(b"d/"), entry(b"l", b"1", link=b"d")),
+        InvalidLayer,
+        "'/l'",
+    ),
+    "root is a file": (archive(entry(b"./", b"2", link=b"x")), InvalidLayer, "'/'"),
+    "whiteout device": (archive(DEVICE), InvalidLayer, "'/dev'"),
+    "whiteout of nothing": (archive(entry(b"d/.wh.")), InvalidLayer, "'/d/.wh.'"),
+    "whiteout of the parent": (archive(entry(b"d/.wh...")), InvalidLayer, "'/d/.wh...'"),
+    "name of 256": (
+        archive(pax([(b"path", b"d/" + b"n" * 256)]) + entry(b"f")),
+        InvalidLayer,
+        "256",
+    ),
+    "truncated": (archive(entry(b"f", data=b"x" * 5000))[:3000], InvalidLayer, "'/f'"),
+    "no tar": (b"#!/bin/sh\necho hello\n" * 100, InvalidLayer, "damaged"),
+}
+
+
+@pytest.mark.parametrize(("data", "kind", "words"), BAD.values(), ids=list(BAD))
+def test_bad_archives(
+    layers: Layers, tmp_path: Path, data: bytes, kind: type[CtrfsError], words: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        unpack(layers, data)
+    assert words in caught.value.sentence
+    assert "\n" not in caught.value.sentence
+    assert files_in(tmp_path / "layers") == []
+    assert layers.get(diff_id_of(data)) is None
+
+
+def test_a_hard_link_to_nothing_is_refused_when_the_stack_is_known(layers: Layers) -> None:
+    link = unpack(layers, archive(directory(b"./"), entry(b"l", b"1", link=b"x"))).diff_id
+    base = unpack(layers, BASE).diff_id
+    for stack in ([link], [base, link]):
+        with pytest.raises(InvalidLayer, match=r"'/l' .* hard link to '/x'"):
+            layers.mountable(stack)
+    directory_below = unpack(layers, archive(directory(b"./"), directory(b"x/"))).diff_id
+    with pytest.raises(InvalidLayer, match=r"directory '/x'"):
+        layers.mountable([directory_below, link])
+    assert layers.mountable([unpack(layers, archive(entry(b"x"))).diff_id, link])
+
+
+def test_a_wrong_diff_id(layers: Layers, tmp_path: Path) -> None:
+    with pytest.raises(DigestMismatch, match=diff_id_of(BASE)):
+        layers.unpack(iter([BASE]), GZIP, diff_id_of(b"other"), lambda: False)
+    with pytest.raises(DigestMismatch):
+        # What follows the end of an archive belongs to it as far as the digest goes.
+        layers.unpack(iter([BASE + b"more"]), GZIP, diff_id_of(BASE), lambda: False)
+    assert files_in(tmp_path / "layers") == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"layer_bytes": 100_000}, "layer_bytes"),
+        ({"layer_bytes": 1_300_000}, "'/holes'"),
+        ({"layer_entries": 50}, "50"),
+        ({"layer_metadata_bytes": 100}, "layer_metadata_bytes"),
+        ({"layer_ratio": 50, "ratio_floor": 100_000}, "50"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_limits(tmp_path: Path, limits: dict[str, int], words: str) -> None:
+    holes = [(b"GNU.sparse.map", b"0,0"), (b"GNU.sparse.size", b"1500000")]
+    data = archive(
+        *(entry(b"d%d/f" % number) for number in range(40)),
+        entry(b"zeros", data=bytes(1_000_000)),
+        pax(holes) + entry(b"holes"),
+    )
+    unpack(Layers(tmp_path / "plenty"), data)
+    layers = Layers(tmp_path / "layers", LayerLimits(**limits))
+    with pytest.raises(LimitExceeded) as caught:
+        unpack(layers, data)
+    assert words in caught.value.sentence
+    assert files_in(tmp_path / "layers") == []
+
+
+def test_a_cancelled_pull_and_a_lost_connection(layers: Layers, tmp_path: Path) -> None:
+    class Lost(CtrfsError):
+        pass
+
+    def source() -> Iterator[bytes]:
+        yield BASE[:1024]
+        raise Lost("the connection is gone")
+
+    with pytest.raises(PullCancelled):
+        layers.unpack(iter([BASE]), GZIP, diff_id_of(BASE), lambda: True)
+    with pytest.raises(Lost):
+        layers.unpack(source(), GZIP, diff_id_of(BASE), lambda: False)
+    assert files_in(tmp_path / "layers") == []
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "tmpfs", "size=3m") as disk:
+        layers = Layers(disk / "layers")
+        large = archive(entry(b"f", data=random.Random(1).randbytes(5 << 20)))
+        with pytest.raises(StorageFailed, match=r"space") as caught:
+            unpack(layers, large)
+        assert caught.value.errno == errno.ENOSPC
+        assert files_in(disk) == []
+        assert unpack(layers, BASE)
+
+
+def test_a_killed_process_leaves_nothing_for_long(tmp_path: Path) -> None:
+    script = f"""
+import itertools, os, signal
+from pathlib import Path
+from store.layers import Layers
+from tests.support.tars import entry
+
+def chunks():
+    yield entry(b"f", data=bytes(4 << 20))
+    yield entry(b"g", data=bytes(4 << 20))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Layers(Path({str(tmp_path / "layers")!r})).unpack(chunks(), {GZIP!r}, "sha256:0", lambda: False)
+"""
+    result = subprocess.run([sys.executable, "-c", script], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert files_in(tmp_path / "layers") != []
+    Layers(tmp_path / "layers")
+    assert files_in(tmp_path / "layers") == []
+
+
+# --- size ------------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_with_the_contents(layers: Layers) -> None:
+    size = 192 << 20
+    block = bytes(1 << 20)
+    head = header(b"f", size=size)
+    digest = hashlib.sha256(head)
+    for _ in range(size >> 20):
+        digest.update(block)
+
+    def chunks() -> Iterator[bytes]:
+        yield head
+        yield from itertools.repeat(block, size >> 20)
+
+    tracemalloc.start()
+    layer = layers.unpack(chunks(), GZIP, Digest(f"sha256:{digest.hexdigest()}"), lambda: False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert layer.data_size == size
+    assert peak < 16 << 20
+
+
+def test_holes_take_no_space(layers: Layers, tmp_path: Path) -> None:
+    records = [(b"GNU.sparse.map", b"1000000000,3"), (b"GNU.sparse.size", b"5000000000")]
+    data = archive(pax(records) + entry(b"holes", data=b"abc"), entry(b"next", data=b"next"))
+    layer = unpack(layers, data)
+    assert layer.data is not None
+    assert layer.data.stat().st_blocks * 512 < 100_000
+    with mounted_stack(layers.mountable([layer.diff_id]), tmp_path) as path:
+        with (path / "holes").open("rb") as file:
+            file.seek(999_999_999)
+            assert file.read(5) == b"\0abc\0"
+            assert file.seek(0, os.SEEK_END) == 5_000_000_000
+        assert (path / "next").read_bytes() == b"next"

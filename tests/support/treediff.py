@@ -18,12 +18,14 @@ def tree_diff(
     *,
     ignore_times: Collection[bytes] = (),
     ignore_xattrs: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> list[str]:
     """The differences as lines such as ``usr/bin/su: mode 104755 != 100755``; empty if equal.
 
     Args:
         ignore_times: paths relative to the root (it is ``b"."``) whose mtime doesn't count.
         ignore_xattrs: names of attributes that don't count.
+        only: the facts to compare besides names and contents, for example ``("mode", "owner")``.
     """
     left_facts = dict(_facts(os.fsencode(left), ignore_xattrs))
     right_facts = dict(_facts(os.fsencode(right), ignore_xattrs))
@@ -35,10 +37,10 @@ def tree_diff(
             differences.append(f"{shown}: only in {right if mine is None else left}")
             continue
         for name, value in mine.items():
-            if name == "mtime" and path in ignore_times:
+            if (name == "mtime" and path in ignore_times) or (only and name not in only):
                 continue
-            if other[name] != value:
-                differences.append(f"{shown}: {name} {value!r} != {other[name]!r}")
+            if other.get(name) != value:
+                differences.append(f"{shown}: {name} {value!r} != {other.get(name)!r}")
         if "mode" in mine and mine["mode"] == other["mode"] and stat.S_ISREG(mine["mode"]):
             place = _first_difference(
                 os.path.join(os.fsencode(left), path), os.path.join(os.fsencode(right), path)
