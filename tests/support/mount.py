@@ -1,5 +1,6 @@
 """A ctrfs daemon on a private root and mountpoint, as a process of its own."""
 
+import errno
 import os
 import shutil
 import signal
@@ -61,7 +62,7 @@ class Mount:
         self._process.terminate()
         code = self._process.wait(30)
         self._process = None
-        assert code == 0, self.log.read_text()
+        assert code == 0, f"exit code {code}: {self.log.read_text()}"
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -100,6 +101,27 @@ class Mount:
         self.write(f"containers/{name}/state", "start")
         return int(self.read(f"containers/{name}/wait")), self.read(f"containers/{name}/log")
 
+    def containers(self) -> list[str]:
+        """Names of all containers."""
+        return [name for name in os.listdir(self.path / "containers") if name != "README"]
+
+    def remove(self, name: str) -> None:
+        """End a container, whatever its state, and destroy it."""
+        if self.read(f"containers/{name}/state") in ("running", "paused"):
+            self.write(f"containers/{name}/state", "kill")
+        (self.path / "containers" / name).rmdir()
+
+    def refused(self, path: str, text: str) -> tuple[int, str]:
+        """Write what must be refused: the errno, and the sentence in `errors`."""
+        try:
+            self.write(path, text)
+        except OSError as error:
+            line = self.last_error()
+            assert f" {errno.errorcode[error.errno or 0]} /{path}: write" in line, line
+            assert f"by pid {os.getpid()} uid 0: " in line, line
+            return error.errno or 0, line.split("uid 0: ", 1)[1]
+        raise AssertionError(f"{path} took {text!r}")
+
     def last_error(self) -> str:
         """The newest line of `errors`."""
         return self.read("errors").splitlines()[-1]
@@ -107,23 +129,17 @@ class Mount:
     def destroy(self) -> None:
         """End everything, whatever state it is in, and leave no mount behind."""
         if self._process is not None and self._process.poll() is None:
-            self._remove_containers()
+            for name in self.containers():
+                self.remove(name)
             self.stop()
-        for pid in self._monitors():
+        for pid in self.monitors():
             os.kill(pid, signal.SIGKILL)
         for mounted in reversed(linux.mounts()):
             if mounted.target.startswith((str(self.path), str(self.run), str(self.root))):
                 linux.umount(mounted.target, linux.MNT_DETACH)
         shutil.rmtree(self.run, ignore_errors=True)
 
-    def _remove_containers(self) -> None:
-        for name in os.listdir(self.path / "containers"):
-            if name != "README":
-                if self.read(f"containers/{name}/state") in ("running", "paused"):
-                    self.write(f"containers/{name}/state", "kill")
-                (self.path / "containers" / name).rmdir()
-
-    def _monitors(self) -> list[int]:
+    def monitors(self) -> list[int]:
         """Processes that have our run directory in their command line."""
         found = []
         for entry in Path("/proc").iterdir():
