@@ -223,7 +223,7 @@ def test_in_the_foreground_under_a_service_manager(
         status = os.fstat(journal.fileno())
         daemon = subprocess.Popen(
             [
-                *"python -m tools.ctrfs mount --foreground --root".split(),
+                *["python", "-m", "tools.ctrfs", "mount", "--foreground", "--root"],
                 str(root),
                 str(mountpoint),
             ],
