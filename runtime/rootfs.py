@@ -1,0 +1,288 @@
+"""Root filesystems: overlayfs over one EROFS mount per layer, which all containers share.
+
+    <run>/layers/<key>              a layer's EROFS image, mounted once, read-only
+    <run>/empty                     the lower directory of images that have no layer
+    <run>/containers/<uid>/rootfs   a container's overlay
+
+What is mounted is asked of the kernel each time: mounts outlive this process, and the
+next one goes on with them.
+"""
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from runtime import linux
+from runtime.errors import ContainerBusy, MountFailed, Unsupported
+from store.layers import LayerImage
+
+log = logging.getLogger(__name__)
+
+Method = Literal["file", "loop"]
+
+# mount(2) copies one page of options.
+_OPTIONS_MAX = os.sysconf("SC_PAGE_SIZE") - 1
+
+# Overlay options, the same whatever the kernel was built with (filesystems/overlayfs.rst):
+# - index=off: an index ties the upper directory to these very lower mounts by their file
+#   handles, so the container could not start again after its layers were mounted anew.
+# - redirect_dir=nofollow, metacopy=off: both make upper directories that only overlayfs
+#   understands, and both would follow trusted.overlay.* attributes that a hostile layer
+#   brings. Renaming a directory of the image gives EXDEV instead, which mv handles.
+# - xino=auto: one st_dev for the whole tree where inode numbers leave room, as find -xdev
+#   and du -x expect.
+_POLICY = "index=off,redirect_dir=nofollow,metacopy=off"
+_WRITABLE_POLICY = f"{_POLICY},xino=auto"
+
+_VIEW_FLAGS = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
+
+
+class Rootfs:
+    """Mounts and unmounts. Every method blocks; safe to use from several threads.
+
+    Args:
+        run: directory for mountpoints, for this program alone.
+        method: how to mount EROFS images. None finds out: straight from the file, which
+            kernels from 6.12 can, else through loop devices.
+    """
+
+    def __init__(self, run: Path, method: Method | None = None) -> None:
+        self._layers = run / "layers"
+        self._empty = run / "empty"
+        self._containers = run / "containers"
+        self._method: Method | None = method
+        self._lock = threading.Lock()
+        for directory in (run, self._layers, self._empty, self._containers):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The view of an empty image shows this directory's own attributes.
+        self._empty.chmod(0o755)
+
+    @property
+    def method(self) -> Method | None:
+        """How layers are mounted; None as long as no layer has been."""
+        return self._method
+
+    # --- layers ----------------------------------------------------------------------
+
+    def layer(self, image: LayerImage) -> Path:
+        """Where a layer is mounted, now if it was not before.
+
+        Raises:
+            MountFailed: the kernel refuses the image.
+            Unsupported: the kernel has no EROFS, or no way to mount it.
+        """
+        target = self._layers / image.key
+        with self._lock:
+            if not linux.is_mountpoint(str(target)):
+                target.mkdir(mode=0o700, exist_ok=True)
+                self._mount_layer(image, str(target))
+        return target
+
+    def _mount_layer(self, image: LayerImage, target: str) -> None:
+        try:
+            if self._method != "loop":
+                try:
+                    _mount_file(image, target)
+                    self._method = "file"
+                    return
+                except OSError as error:
+                    # A kernel that mounts EROFS from block devices only says ENOTBLK.
+                    if self._method == "file" or error.errno != errno.ENOTBLK:
+                        raise
+            _mount_loop(image, target)
+            self._method = "loop"
+        except OSError as error:
+            raise _layer_failure(image, error) from error
+
+    def unmount_unused_layers(self) -> None:
+        """Unmount the layers that no overlay is made of. Views by bind mount keep working."""
+        with self._lock:
+            mounts = linux.mounts()
+            used = {key for mount in mounts for key in _lower_keys(mount)}
+            for mount in mounts:
+                path = Path(mount.target)
+                if path.parent == self._layers and path.name not in used:
+                    with suppress(OSError):
+                        linux.umount(mount.target)
+                        path.rmdir()
+
+    # --- merged trees ----------------------------------------------------------------
+
+    def image_view(self, layers: Sequence[LayerImage], target: str) -> None:
+        """Mount the merged layers at ``target``: read-only, no devices, no set-user-ID.
+
+        Args:
+            layers: bottom first; one is shown as it is, none is an empty directory.
+            target: a directory, which may lie in a FUSE filesystem that this process
+                serves in another thread.
+
+        Raises:
+            MountFailed, Unsupported: as layer(), and when the target is gone.
+        """
+        mounted = [self.layer(layer) for layer in layers]
+        try:
+            if len(mounted) > 1:
+                options = f"lowerdir={_lowerdir(mounted)},{_POLICY}"
+                self._mount_overlay(target, _VIEW_FLAGS, options)
+            else:
+                source = str(mounted[0] if mounted else self._empty)
+                linux.mount(source, target, "", linux.MS_BIND)
+                # Flags of a bind mount count only when it is remounted.
+                linux.mount("", target, "", linux.MS_REMOUNT | linux.MS_BIND | _VIEW_FLAGS)
+        except OSError as error:
+            raise MountFailed(
+                f"the image's files cannot be mounted at {target}: {error.strerror}",
+                errno=error.errno,
+            ) from error
+
+    def unmount_view(self, target: str) -> None:
+        """Unmount an image's view, also while somebody looks at it."""
+        linux.umount(target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+
+    def container_path(self, uid: str) -> Path:
+        """Where the root filesystem of a container is mounted, if it is."""
+        return self._containers / uid / "rootfs"
+
+    def container(self, uid: str, layers: Sequence[LayerImage], upper: Path, work: Path) -> Path:
+        """Mount the root filesystem of a container unless it is there already.
+
+        Args:
+            uid: names the mountpoint.
+            layers: bottom first.
+            upper: takes all changes; must be on a filesystem that can be an upper one.
+            work: overlayfs' own, next to ``upper``.
+
+        Raises:
+            MountFailed, Unsupported: as layer(), and when ``upper`` cannot be used.
+        """
+        target = self.container_path(uid)
+        if linux.is_mountpoint(str(target)):
+            return target
+        lowers = [self.layer(layer) for layer in layers] or [self._empty]
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        options = (
+            f"lowerdir={_lowerdir(lowers)},upperdir={_escape(upper)},workdir={_escape(work)},"
+            f"{_WRITABLE_POLICY}"
+        )
+        try:
+            self._mount_overlay(str(target), 0, options)
+        except OSError as error:
+            raise MountFailed(
+                f"overlayfs cannot be mounted over {len(lowers)} layers with {upper} on top:"
+                f" {error.strerror}; the kernel's log (dmesg) says more",
+                errno=error.errno,
+            ) from error
+        return target
+
+    def _mount_overlay(self, target: str, flags: int, options: str) -> None:
+        if len(os.fsencode(options)) > _OPTIONS_MAX:
+            raise Unsupported(
+                "the image has too many layers for one overlayfs mount, whose options are"
+                f" {_OPTIONS_MAX} bytes at most; build it with fewer"
+            )
+        linux.in_directory(
+            str(self._layers), lambda: linux.mount("overlay", target, "overlay", flags, options)
+        )
+
+    def is_mounted(self, uid: str) -> bool:
+        """Whether the container's root filesystem is mounted."""
+        return linux.is_mountpoint(str(self.container_path(uid)))
+
+    def unmount(self, uid: str) -> None:
+        """Unmount the root filesystem of a container, if it is mounted.
+
+        Raises:
+            ContainerBusy: a process has a file of it open or its working directory there.
+        """
+        target = str(self.container_path(uid))
+        try:
+            linux.umount(target)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise ContainerBusy(
+                    f"a process on this machine uses the root filesystem; `fuser -m {target}`"
+                    " shows which"
+                ) from None
+            if error.errno not in (errno.EINVAL, errno.ENOENT):
+                raise MountFailed(f"cannot unmount {target}: {error.strerror}") from error
+
+    def unmount_idle(self, uid: str) -> None:
+        """Unmount it if nobody used it since the last call for it."""
+        linux.expire_mount(str(self.container_path(uid)))
+
+    def close(self) -> None:
+        """Unmount what no running container needs. Others that are in use stay, too."""
+        self.unmount_unused_layers()
+
+
+def _mount_file(image: LayerImage, target: str) -> None:
+    """Mount an EROFS image straight from its file.
+
+    The data file is named through a descriptor: ``device=`` knows no way to write a
+    comma in a path.
+    """
+    if image.data is None:
+        linux.mount(str(image.meta), target, "erofs", linux.MS_RDONLY)
+        return
+    data = os.open(image.data, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        options = f"device=/proc/self/fd/{data}"
+        linux.mount(str(image.meta), target, "erofs", linux.MS_RDONLY, options)
+    finally:
+        os.close(data)
+
+
+def _mount_loop(image: LayerImage, target: str) -> None:
+    """Mount an EROFS image through loop devices, which go with the mount."""
+    held: list[int] = []
+    try:
+        descriptor, meta = linux.attach_loop(str(image.meta))
+        held.append(descriptor)
+        options = ""
+        if image.data is not None:
+            descriptor, data = linux.attach_loop(str(image.data))
+            held.append(descriptor)
+            options = f"device={data}"
+        linux.mount(meta, target, "erofs", linux.MS_RDONLY, options)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def _layer_failure(image: LayerImage, error: OSError) -> MountFailed | Unsupported:
+    if error.errno == errno.ENODEV:
+        return Unsupported("this kernel has no EROFS; load it with `modprobe erofs`")
+    return MountFailed(
+        f"the layer image {image.meta} cannot be mounted: {error.strerror}; pull the image"
+        " again, or see the kernel's log (dmesg)",
+        errno=error.errno,
+    )
+
+
+def _lowerdir(layers: Sequence[Path]) -> str:
+    """Layers, bottom first, as the option wants them: top first, relative, so that 128 fit."""
+    names = (layer.name if layer.name != "empty" else "../empty" for layer in reversed(layers))
+    return ":".join(names)
+
+
+def _lower_keys(mount: linux.Mount) -> list[str]:
+    """The layers that an overlay of ours was mounted of."""
+    if mount.fstype != "overlay":
+        return []
+    values = (option.partition("=") for option in mount.options.split(","))
+    return [
+        Path(name).name
+        for key, _, value in values
+        if key in ("lowerdir", "lowerdir+")
+        for name in value.split(":")
+    ]
+
+
+def _escape(path: Path) -> str:
+    """A path in an overlay option, where commas separate and a backslash takes that away."""
+    return str(path).replace("\\", "\\\\").replace(",", "\\,").replace(":", "\\:")

@@ -1,0 +1,317 @@
+"""The blocking steps in the life of one container: what is done to the machine, and undone.
+
+Each is called in a worker thread, under the container's lock; container.py says when.
+"""
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime import monitor, spec
+from runtime.cgroups import Cgroup, process_table
+from runtime.changes import list_changes
+from runtime.config import RuntimeConfig
+from runtime.errors import ContainerBusy, StartFailed
+from runtime.log import LogReader
+from runtime.monitor import Creation, Place
+from runtime.oci import OciRuntime, find_program
+from runtime.processes import Process
+from runtime.records import Pinned, Record, Records, Run, Starting
+from runtime.rootfs import Rootfs
+from runtime.settings import Effective
+from runtime.trees import remove_tree
+from runtime.users import resolve_user
+from runtime.volumes import Volume
+from store.store import Store
+
+log = logging.getLogger(__name__)
+
+# A killed process is gone within milliseconds, unless it waits for a disk or a network
+# file system in the kernel.
+_KILL_SECONDS = 5.0
+
+# What `wait` gives when nobody knows: containerd's number for an unknown exit status.
+UNKNOWN_EXIT = 255
+_KILLED_EXIT = 137
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What all containers share. ``root`` and ``run`` are the directories of containers."""
+
+    store: Store
+    rootfs: Rootfs
+    runtime: OciRuntime
+    config: RuntimeConfig
+    records: Records
+    root: Path
+    run: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended: the code, when (nanoseconds since the epoch), and what is odd about it."""
+
+    code: int
+    finished_ns: int
+    error: str
+
+
+class Steps:
+    """The steps of one container.
+
+    Args:
+        services: what it shares with others.
+        uid: its name on disk, to conmon, and to the OCI runtime.
+    """
+
+    def __init__(self, services: Services, uid: str) -> None:
+        self._services = services
+        self._uid = uid
+        self._state = services.root / uid
+        self._run = services.run / uid
+        self._place = Place(uid, self._run / "bundle", self._state / "log", self._state / "exit")
+        self.cgroup_path = f"{services.config.cgroup_parent.rstrip('/')}/{uid}"
+        self._cgroup = Cgroup(self.cgroup_path)
+        self.log = LogReader(self._state / "log")
+        self.rootfs_path = services.rootfs.container_path(uid)
+        self.attach_path = self._place.attach
+
+    # --- starting --------------------------------------------------------------------
+
+    def prepare(
+        self, record: Record, pinned: Pinned, values: Effective, document: spec.Document
+    ) -> Creation:
+        """Everything up to a conmon that is creating the container; the record is ``starting``.
+
+        Raises:
+            CtrfsError, OSError: something is wrong; undo() puts it right.
+        """
+        services = self._services
+        record.starting = Starting(services.rootfs.is_mounted(self._uid), record.image is not None)
+        record.image = pinned
+        services.records.save(record)
+        for volume in values.mounts:
+            _check_source(volume)
+        root = self.mount(pinned)
+        name = spec.username(document)
+        record.user = resolve_user(root, name) if name else None
+        self._place.clear()
+        finished = spec.complete(document, root, self.cgroup_path, record.user)
+        (self._place.bundle / "config.json").write_bytes(spec.encode(finished))
+        conmon = find_program(services.config.conmon)
+        return monitor.create(conmon, services.runtime, self._place, values.stdin)
+
+    def mount(self, pinned: Pinned) -> Path:
+        """Mount the root filesystem unless it is there."""
+        self._state.mkdir(mode=0o711, parents=True, exist_ok=True)
+        upper, work = self._state / "upper", self._state / "work"
+        # Overlayfs shows the upper directory's own attributes for the root, not the image's.
+        fresh = not upper.exists()
+        layers = self._services.store.layers.mountable(pinned.diff_ids)
+        if fresh:
+            work.mkdir(mode=0o700, exist_ok=True)
+            upper.mkdir(mode=0o755)
+            if layers:
+                _copy_attributes(self._services.rootfs.layer(layers[-1]), upper)
+        return self._services.rootfs.container(self._uid, layers, upper, work)
+
+    def undo(self, record: Record) -> None:
+        """Take back a start that failed at any point; the record is what it was."""
+        starting = record.starting
+        # The OCI runtime dies with its conmon, and its children are in the cgroup.
+        if conmon := self._place.find_conmon():
+            conmon.kill(_KILL_SECONDS)
+        self._clear_away(spec_has_hooks=record.override is not None)
+        self._place.exit_file.unlink(missing_ok=True)
+        if starting:
+            if not starting.mounted:
+                with suppress(ContainerBusy):
+                    self._services.rootfs.unmount(self._uid)
+            if not starting.pinned:
+                self.unpin(record)
+        record.starting = None
+        self._services.records.save(record)
+
+    def unpin(self, record: Record) -> None:
+        """Forget the image and the files that lie on it, which are none of the user's."""
+        with suppress(ContainerBusy):
+            self._services.rootfs.unmount(self._uid)
+        remove_tree(self._state / "upper")
+        remove_tree(self._state / "work")
+        record.image = None
+        record.user = None
+
+    def resolve_start(self, record: Record) -> None:
+        """Settle a start during which the daemon was killed.
+
+        If the process had been let go, it is a run like any other; else the start never
+        was.
+        """
+        created = self._place.was_created() and self._services.runtime.exists(self._uid)
+        conmon, init = self._place.find_conmon(), self._place.find_init()
+        let_go = created and not self._services.runtime.is_created(self._uid)
+        if not let_go or not (conmon or self._place.exit_code() is not None):
+            self.undo(record)
+            return
+        nobody = Process(0, 0, "")
+        record.run = Run(conmon or nobody, init or nobody)
+        record.starting = None
+        record.state = "running"
+        record.started_ns = time.time_ns()
+        record.finished_ns = record.exit_code = None
+        self._services.records.save(record)
+
+    # --- the end ---------------------------------------------------------------------
+
+    def ending(self) -> Ending | None:
+        """How the run ended, if conmon left word of it. Does not block on anything slow."""
+        code = self._place.exit_code()
+        if code is None:
+            return None
+        finished = self._place.exit_file.stat().st_mtime_ns
+        error = "the kernel killed it or a child of it: out of memory" if self.oom() else ""
+        return Ending(code if code >= 0 else UNKNOWN_EXIT, finished, error)
+
+    def oom(self) -> bool:
+        """Whether the kernel killed something in it for want of memory."""
+        return self._place.out_of_memory()
+
+    def end_without_monitor(self, run: Run) -> Ending:
+        """End a run whose conmon is gone and left no exit code."""
+        killed = run.init.is_running() and run.init.send(9)
+        self._cgroup.kill()
+        run.init.kill(_KILL_SECONDS)
+        what = "its process was killed" if killed else "how its process ended is not known"
+        return Ending(
+            _KILLED_EXIT if killed else UNKNOWN_EXIT,
+            time.time_ns(),
+            f"the container's monitor (conmon) ended before the container; {what}",
+        )
+
+    def tidy(self, record: Record) -> None:
+        """After the end of a run: remember it, and remove what the run left on the machine."""
+        self._services.records.save(record)
+        self._clear_away(spec_has_hooks=record.override is not None)
+
+    def _clear_away(self, *, spec_has_hooks: bool) -> None:
+        # A user's own document may have hooks, or leave processes outside of any pid
+        # namespace; ours has nothing of the kind.
+        self._cgroup.kill()
+        if not self._cgroup.destroy():
+            log.warning("processes of the container %s do not end; its cgroup stays", self._uid)
+        self._services.runtime.delete(self._uid, hooks=spec_has_hooks)
+
+    def has_leftovers(self) -> bool:
+        """Whether the daemon was killed before it cleared away after a run."""
+        return self._services.runtime.exists(self._uid) or self._cgroup.exists()
+
+    def is_frozen(self) -> bool:
+        """Whether it is paused in fact."""
+        return self._cgroup.frozen()
+
+    def thaw(self) -> None:
+        """Let paused processes go on."""
+        self._cgroup.thaw()
+
+    def kill(self, run: Run) -> None:
+        """SIGKILL to all processes."""
+        run.init.send(9)
+        self._cgroup.kill()
+
+    # --- looking ---------------------------------------------------------------------
+
+    def processes(self, run: Run) -> str:
+        """The table of its processes."""
+        return process_table(self._cgroup.pids() or [run.init.pid])
+
+    def changes(self, pinned: Pinned) -> bytes:
+        """What it changed against its image."""
+        upper = self._state / "upper"
+        if not upper.exists():
+            return b""
+        lower = self._run / f"lower-{time.monotonic_ns()}"
+        lower.mkdir(mode=0o700, parents=True)
+        rootfs = self._services.rootfs
+        try:
+            rootfs.image_view(self._services.store.layers.mountable(pinned.diff_ids), str(lower))
+            try:
+                return list_changes(upper, lower)
+            finally:
+                rootfs.unmount_view(str(lower))
+        finally:
+            lower.rmdir()
+
+    def has_own_files(self) -> bool:
+        """Whether something was put into its root filesystem."""
+        try:
+            with os.scandir(self._state / "upper") as entries:
+                return next(entries, None) is not None
+        except FileNotFoundError:
+            return False
+
+    # --- removal ---------------------------------------------------------------------
+
+    def destroy(self) -> None:
+        """Unmount and forget the container, then delete its files.
+
+        Raises:
+            ContainerBusy: its root filesystem is in use; nothing has changed.
+        """
+        self._services.rootfs.unmount(self._uid)
+        self._services.records.delete(self._uid)
+        self.delete_files()
+
+    def delete_files(self) -> None:
+        """Delete what is left on disk of a container that is not recorded (any more)."""
+        for directory in (self._run, self._state):
+            try:
+                remove_tree(directory)
+            except OSError as error:
+                # The next start of the daemon tries again.
+                log.warning("cannot delete %s: %s", directory, error.strerror)
+
+    def unmount_idle(self) -> None:
+        """Unmount the root filesystem if nobody has used it since the last call."""
+        self._services.rootfs.unmount_idle(self._uid)
+
+
+def remove_orphans(services: Services, known: Iterable[str]) -> None:
+    """Delete files of containers that are not recorded: a removal that was cut short."""
+    kept = set(known)
+    for parent in (services.root, services.run):
+        parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        for directory in parent.iterdir():
+            if directory.name not in kept:
+                with suppress(ContainerBusy):
+                    services.rootfs.unmount(directory.name)
+                    Steps(services, directory.name).delete_files()
+
+
+def _check_source(volume: Volume) -> None:
+    if volume.type != "bind":
+        return
+    try:
+        os.stat(volume.source)
+    except OSError as error:
+        raise StartFailed(
+            f"{volume.source} cannot be mounted at {volume.destination} in the container:"
+            f" {error.strerror}",
+            errno=error.errno or errno.ENOENT,
+        ) from None
+
+
+def _copy_attributes(source: Path, target: Path) -> None:
+    """Give a directory the owner, mode, times and attributes of another."""
+    status = source.stat()
+    os.chown(target, status.st_uid, status.st_gid)
+    os.chmod(target, status.st_mode & 0o7777)
+    for name in os.listxattr(source):
+        if not name.startswith("trusted.overlay."):
+            os.setxattr(target, name, os.getxattr(source, name))
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
