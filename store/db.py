@@ -5,13 +5,14 @@ Other packages keep their records here too, so all tables are in one list.
 """
 
 import errno
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from store.errors import CorruptContent, StorageFailed, StoreError
+from store.errors import CorruptContent, StorageFailed, StoreError, storage
 
 # Never change one that was released: append.
 MIGRATIONS: Sequence[str] = (
@@ -38,6 +39,9 @@ class Database:
     def __init__(self, path: Path, migrations: Sequence[str] = MIGRATIONS) -> None:
         self._path = path
         self._lock = threading.Lock()
+        with storage(f"opening {path}"):
+            # Records hold environments, and those passwords; SQLite's other files follow this.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         with self._failures():
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:

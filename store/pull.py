@@ -4,6 +4,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import msgspec
 import trio
@@ -17,10 +18,10 @@ from store.platform import Platform
 from store.progress import LayerProgress, PullProgress
 from store.reference import LayoutSource, RegistrySource, parse_reference, parse_source
 from store.registry import Registry
-from store.resolve import find
+from store.resolve import Cached, find
 from store.source import Source
 from store.store import Store
-from store.transfer import Transfer, ask
+from store.transfer import Transfer, ask, to_end
 
 
 class PullRequest(msgspec.Struct, frozen=True):
@@ -139,7 +140,7 @@ class Pulls:
         name: str | None,
         progress: PullProgress,
     ) -> Image:
-        found = await ask(lambda: find(source, platform, origin))
+        found = await ask(lambda: find(Cached(source, self._store.cas), platform, origin))
         image = found.image(name or str(source.default_name(found.resolved)), origin)
         progress.name = image.name
         # An image may hold the same layer several times.
@@ -147,12 +148,12 @@ class Pulls:
         states = [self._layer_progress(layer) for layer, _ in wanted]
         progress.layers = tuple(dict.fromkeys(states))
         for document in found.documents:
-            await trio.to_thread.run_sync(self._store.cas.put, document)
+            await to_end(partial(self._store.cas.put, document))
         progress.image = image
         progress.state = "pulling"
         await self._all_layers(source, image.name, wanted, states)
         image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
-        await trio.to_thread.run_sync(self._store.images.put, image)
+        await to_end(lambda: self._store.images.put(image))
         return image
 
     async def _all_layers(

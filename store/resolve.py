@@ -4,8 +4,8 @@ import time
 
 import msgspec
 
-from store.cas import Digest
-from store.errors import InvalidManifest
+from store.cas import Cas, Digest
+from store.errors import BlobNotFound, CorruptContent, InvalidManifest
 from store.images import Image
 from store.manifest import (
     Descriptor,
@@ -22,6 +22,10 @@ from store.source import Source
 
 # An index may name another one (OCI image-index.md); nobody nests deeper than this.
 MAX_INDEXES = 3
+
+
+# Documents up to this size are taken from the store; all real ones are smaller.
+DOCUMENT = 1 << 20
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -58,7 +62,36 @@ class Found(msgspec.Struct, frozen=True):
         )
 
 
-def find(source: Source, platform: Platform, what: str) -> Found:
+class Cached:
+    """A source's documents, from the store where they are here already."""
+
+    def __init__(self, source: Source, cas: Cas) -> None:
+        self._source = source
+        self._cas = cas
+
+    def resolve(self) -> tuple[Descriptor, bytes]:
+        """What the name stands for is always asked anew."""
+        return self._source.resolve()
+
+    def manifest(self, descriptor: Descriptor) -> bytes:
+        """See ``Source.fetch_manifest``."""
+        return self._known(descriptor) or self._source.fetch_manifest(descriptor)
+
+    def config(self, descriptor: Descriptor) -> bytes:
+        """See ``Source.fetch_config``."""
+        return self._known(descriptor) or self._source.fetch_config(descriptor)
+
+    def _known(self, descriptor: Descriptor) -> bytes | None:
+        # A name that leads to something longer than a document must get the source's refusal.
+        try:
+            if self._cas.stat(descriptor.content) == descriptor.size <= DOCUMENT:
+                return self._cas.read(descriptor.content)
+        except (BlobNotFound, CorruptContent):
+            pass
+        return None
+
+
+def find(source: Cached, platform: Platform, what: str) -> Found:
     """Ask a source for the image that fits a platform.
 
     Args:
@@ -80,10 +113,10 @@ def find(source: Source, platform: Platform, what: str) -> Found:
                 f"{what} is an index of indexes of indexes; the image has to be built again"
             )
         chosen = choose(document, platform, what)
-        data = source.fetch_manifest(chosen)
+        data = source.manifest(chosen)
         documents.append(data)
         document = parse(data, chosen.media_type, _document_name(what, chosen.content))
-    data = source.fetch_config(document.config)
+    data = source.config(document.config)
     config = parse_config(data, document, what)
     check_platform(config, platform, what)
     return Found(resolved, chosen, document, config, (*documents, data))

@@ -31,8 +31,10 @@ class Store:
         self.config = config
         self.events = events
         with storage(f"preparing the store in {root}"):
-            # Containers' root filesystems lie below, and their processes have other users.
-            root.mkdir(mode=0o711, parents=True, exist_ok=True)
+            if not root.exists():
+                root.mkdir(parents=True)
+                # Containers' root filesystems lie below, and their processes have other users.
+                root.chmod(0o711)
             self._lock = _lock(root)
             try:
                 self.db = Database(root / "ctrfs.db")

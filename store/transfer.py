@@ -57,6 +57,11 @@ async def ask(work: Callable[[], _T]) -> _T:
     return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=_threads)
 
 
+async def to_end(work: Callable[[], _T]) -> _T:
+    """Run something short in a thread, to its end."""
+    return await trio.to_thread.run_sync(work, limiter=_threads)
+
+
 async def interruptible(work: Callable[[], _T], interrupt: Callable[[], None]) -> _T:
     """Run ``work`` in a thread, to its end. When the caller is cancelled meanwhile,
     ``interrupt()`` is called, which must bring that end about soon."""
@@ -204,13 +209,11 @@ class Transfer:
             raise attempt.received
         if attempt.unpacked is not None:
             # The blob is what the manifest names, and useless.
-            await trio.to_thread.run_sync(self.cas.delete, self.digest)
+            await to_end(lambda: self.cas.delete(self.digest))
             raise attempt.unpacked
 
     async def _attempt(self) -> "_Attempt":
-        with await trio.to_thread.run_sync(
-            self.cas.writer, self.digest, self.descriptor.size
-        ) as writer:
+        with await to_end(lambda: self.cas.writer(self.digest, self.descriptor.size)) as writer:
             attempt = _Attempt(self, writer)
             await attempt.run()
         return attempt
@@ -241,7 +244,7 @@ class _Attempt:
         if nursery.cancel_scope.cancelled_caught:
             self.received = self.unpacked
         if self.received and not isinstance(self.received, RegistryError):
-            await trio.to_thread.run_sync(self._writer.discard)
+            await to_end(self._writer.discard)
 
     async def _unpack(self, scope: trio.CancelScope) -> None:
         pipe = self._pipe
@@ -276,7 +279,7 @@ class _Attempt:
             await trio.sleep(pause)
         self._pipe.end()
         self._transfer.progress.unpacking()
-        await trio.to_thread.run_sync(self._writer.commit)
+        await to_end(self._writer.commit)
 
     def _replay(self) -> None:
         for piece in self._writer.replay():

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.auth import Credentials, find_credentials, parse_challenges
@@ -139,6 +139,7 @@ def test_challenges(header: str, found: list[tuple[str, dict[str, str]]]) -> Non
     assert [(c.scheme, c.parameters) for c in parse_challenges(header)] == found
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60) | st.text(alphabet='Basic Ber=",\\ ', max_size=60))
 def test_any_header_is_read_without_failing(header: str) -> None:
     parse_challenges(header)

@@ -34,6 +34,13 @@ def test_it_keeps_what_was_committed(tmp_path: Path) -> None:
     database.close()
 
 
+def test_only_the_owner_can_read_it(tmp_path: Path) -> None:
+    database = Database(tmp_path / "db")
+    add(database, "a")
+    assert [path.stat().st_mode & 0o077 for path in tmp_path.iterdir()] == [0, 0, 0]
+    database.close()
+
+
 def test_a_failed_block_changes_nothing(tmp_path: Path) -> None:
     database = Database(tmp_path / "db")
     with pytest.raises(KeyError), database.transaction() as cursor:

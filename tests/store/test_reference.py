@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.errors import InvalidReference
@@ -84,11 +84,13 @@ _references = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(_references)
 def test_every_reference_reads_back(reference: Reference) -> None:
     assert parse_reference(str(reference)) == reference
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80) | st.text(alphabet="aA0./:@-_[]\n", max_size=40))
 def test_any_text_is_refused_or_has_one_normal_form(text: str) -> None:
     try:
