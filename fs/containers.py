@@ -282,7 +282,9 @@ class _LogFile(LogFile):
     parent: "ContainerDirectory"
 
     def mtime_ns(self) -> int:
-        return self.parent.container.log.mtime_ns()
+        """When something was last written to it."""
+        container = self.parent.container
+        return max(container.log.mtime_ns(), container.created_ns)
 
 
 class Log(_LogFile):

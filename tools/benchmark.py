@@ -78,7 +78,7 @@ class Ctrfs:
         for mounted in reversed(linux.mounts()):
             if mounted.target.startswith(str(directory)):
                 linux.umount(mounted.target, linux.MNT_DETACH)
-        shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)
         shutil.rmtree(self.root)
 
     def write(self, path: str, text: str) -> None:

@@ -134,7 +134,7 @@ def test_two_halves_make_a_whole(used_mount: Mount, idle_container: Path) -> Non
         "args": b"echo\none two\n",
         "env": b"ONE=1\nTWO=2\n",
         "labels": b"a=b\nc=d\n",
-        "hostname": b"some-host\n",
+        "hostname": b"somehost\n",
         "workdir": b"/some/where\n",
         "spec": (idle_container / "spec").read_bytes(),
     }.items():
