@@ -6,6 +6,7 @@ kernel drops it with the process, however that ended, and no other process can b
 mistaken for it.
 """
 
+import errno
 import fcntl
 import os
 import stat
@@ -107,9 +108,13 @@ def _prune(directory: Path) -> None:
 
 
 def _make(directory: Path, mode: int) -> None:
-    with storage(f"making {directory}"), suppress(FileExistsError):
+    if directory.is_dir():
+        return
+    with storage(f"making the directory {directory}"), suppress(FileExistsError):
         directory.mkdir(mode=mode, parents=True)
         directory.chmod(mode)  # whatever the umask took away
+    if not directory.is_dir():
+        raise CommandFailed(f"{directory} is not a directory", errno=errno.ENOTDIR)
 
 
 def at(mountpoint: Path) -> Instance | None:

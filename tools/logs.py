@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from store.errors import storage
+
 SYSLOG_SOCKET = "/dev/log"
 
 # Priorities of sd-daemon(3) and syslog(3).
@@ -42,6 +44,9 @@ def of_daemon(root: Path, level: str) -> str | None:
     Returns:
         The path of that file, or None. It may be moved away at any time (logrotate(8)); a
         new one is begun then.
+
+    Raises:
+        StorageFailed: the file cannot be opened.
     """
     if os.path.exists(SYSLOG_SOCKET):
         syslog = logging.handlers.SysLogHandler(
@@ -51,7 +56,8 @@ def of_daemon(root: Path, level: str) -> str | None:
         _use(syslog, level)
         return None
     path = str(root / "ctrfs.log")
-    file = logging.handlers.WatchedFileHandler(path)
+    with storage(f"opening {path}"):
+        file = logging.handlers.WatchedFileHandler(path)
     file.setFormatter(_timed())
     _use(file, level)
     return path

@@ -69,6 +69,8 @@ class _Daemon:
 
     def live(self) -> int:
         """From the fork to the end; returns the exit code."""
+        # Until the log is open, what is told to the starter is all there is to say.
+        logging.getLogger().addHandler(logging.NullHandler())
         os.setsid()
         os.chdir("/")
         os.umask(0o022)
@@ -82,8 +84,10 @@ class _Daemon:
             self._tell(os.fsencode(error.sentence))
             log.error("%s", error.sentence)
             return 1
-        except BaseException:
+        except BaseException as error:
             log.exception("the daemon failed")
+            where = self._log_path or "the system's log"
+            self._tell(f"the daemon failed, {where} says where: {error!r}".encode())
             return 1
         return 0
 

@@ -18,13 +18,13 @@ from tools.mountpoint import FSTYPE
 from tools.options import DEFAULT_RUN, run_directory
 
 TOP = Path(__file__).parents[2]
+CTRFS = (sys.executable, "-m", "tools.ctrfs")
 
 
 def ctrfs(*arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end. A daemon that keeps its output open makes this time out."""
-    command = [sys.executable, "-m", "tools.ctrfs", *map(str, arguments)]
     return subprocess.run(
-        command,
+        [*CTRFS, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=TOP,
@@ -222,12 +222,7 @@ def test_in_the_foreground_under_a_service_manager(
         manager.settimeout(20)
         status = os.fstat(journal.fileno())
         daemon = subprocess.Popen(
-            [
-                *["python", "-m", "tools.ctrfs", "mount", "--foreground", "--root"],
-                str(root),
-                str(mountpoint),
-            ],
-            executable=sys.executable,
+            [*CTRFS, "mount", "--foreground", "--root", str(root), str(mountpoint)],
             cwd=TOP,
             stderr=journal,
             env={
