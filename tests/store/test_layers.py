@@ -296,6 +296,21 @@ def test_what_is_deleted_and_hidden_stays_so_in_the_stack(layers: Layers, tmp_pa
         assert (path / "b").read_bytes() == b"shared"
 
 
+@pytest.mark.parametrize("format", ["gnu", "posix"])
+def test_a_real_directory(layers: Layers, tmp_path: Path, format: str) -> None:
+    data = subprocess.run(
+        ["tar", f"--format={format}", "--xattrs", "-C/", "-cf-", "etc"],
+        check=True,
+        capture_output=True,
+    ).stdout
+    reference = umoci_unpack([data], tmp_path / "umoci")
+    with shown(layers, [data], tmp_path / "mounts") as path:
+        # The archive says nothing about the root.
+        differences = tree_diff(path, reference, ignore_times=[b"."])
+    assert differences == []
+    assert layers.get(diff_id_of(data)).inodes > 500  # type: ignore[union-attr]
+
+
 def check_images(layers: Layers) -> None:
     """fsck.erofs finds nothing wrong in any image of the store."""
     for layer in layers:
