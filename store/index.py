@@ -1,7 +1,7 @@
 """The entry index of a layer: every tar entry that counts, in the archive's order.
 
 The file makes it possible to build the layer's file tree again, over any layers
-below it, without the blob: see ``tree.py``. It holds names, attributes and where in
+below it, without the blob: see ``tree_builder.py``. It holds names, attributes and where in
 the layer's data file each content lies.
 
 Format: 8 bytes magic ``ctrfsidx``, u32 format version, then blocks until the end of the

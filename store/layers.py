@@ -27,7 +27,8 @@ from store.cas import Digest, sync_directory
 from store.erofs import write_image
 from store.errors import CorruptContent, InvalidLayer, storage
 from store.index import read_index
-from store.tree import Builder, Tree, why_unresolved
+from store.tree import Tree
+from store.tree_builder import Builder
 from store.unpack import ALIGNMENT, LayerLimits, unpack_blob
 
 __all__ = ["Layer", "LayerImage", "LayerLimits", "Layers"]
@@ -223,7 +224,7 @@ class Layers:
         key = hashlib.sha256(f"{_FORMAT}\n{diff_ids}".encode()).hexdigest()
         directory = self._chains / key
         if not directory.exists():
-            with self._building:
+            with self._building, storage(f"reading the layers in {self._directory}"):
                 if not directory.exists():
                     self._build_chain(stack, position, directory, diff_ids)
         data = directory / "data"
@@ -236,7 +237,7 @@ class Layers:
     def _build_chain(self, stack: "_Stack", position: int, directory: Path, diff_ids: str) -> None:
         tree = stack.tree(position)
         if tree.unresolved:
-            raise InvalidLayer(why_unresolved(*tree.unresolved[0]))
+            raise InvalidLayer(tree.unresolved)
         with self._workspace() as workspace:
             data_size = stack.layers[position].data_size
             if tree.borrowed:

@@ -23,7 +23,8 @@ from store.index import Entry, IndexWriter
 from store.inflate import ChunkReader, inflated
 from store.tar import TarParser
 from store.tar_names import shown
-from store.tree import Builder, Tree, why_unresolved
+from store.tree import Tree
+from store.tree_builder import Builder
 
 # A buffer is inflated in about 2 ms: long against the 20 µs that handing it on costs,
 # short against a pull. Six keep every thread busy when another falls behind for a moment.
@@ -197,10 +198,7 @@ class _Consumer:
         self._parser.finish()
         self._index.close()
         tree = self._builder.finish()
-        if tree.unresolved and not self._needs_lower:
-            path, target = tree.unresolved[0]
-            self._needs_lower = why_unresolved(path, target)
-        return Unpacked(tree, self._data.finish(), self._needs_lower)
+        return Unpacked(tree, self._data.finish(), self._needs_lower or tree.unresolved)
 
     def _add_to_tree(self, entry: Entry) -> None:
         """Apply the entry as if there were no lower layers.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from store.erofs import write_image
 from store.index import Entry
 from store.layers import LayerImage
-from store.tree import Builder
+from store.tree_builder import Builder
 from tests.support.mounting import mounted_image
 
 REG = stat.S_IFREG | 0o644
