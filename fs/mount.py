@@ -1,7 +1,8 @@
 """Serving a tree at a mountpoint until told to stop."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 
 import pyfuse3
 import trio
@@ -22,6 +23,9 @@ IDLE_TASKS = 10
 OPTIONS = frozenset({"default_permissions", "allow_other", "fsname=ctrfs", "subtype=ctrfs"})
 
 
+Follow = Callable[[Callable[[Directory], None]], Awaitable[None]]
+
+
 async def serve(
     root: Directory,
     mountpoint: str,
@@ -29,26 +33,41 @@ async def serve(
     automounts: Automounts,
     ready: Callable[[], None],
     stop: trio.Event,
+    follow: Follow | None = None,
 ) -> None:
     """Mount the tree, call ``ready``, and serve until ``stop`` is set or it is unmounted.
+
+    Args:
+        root: the tree.
+        mountpoint: where.
+        failures: what `errors` shows.
+        automounts: what is mounted over nodes of the tree.
+        ready: called once it is mounted.
+        stop: ends it.
+        follow: runs as long as the mount, and calls what it is given for each directory
+            whose files have changed by themselves.
 
     Raises:
         RuntimeError: libfuse cannot mount; it has said why on standard error.
     """
-    async with trio.open_nursery() as nursery:
-        adapter = Adapter(root, failures, automounts, nursery)
-        pyfuse3.init(adapter, mountpoint, set(OPTIONS))
-        try:
+    # libfuse's session must last until the last task that answers a request has ended.
+    with ExitStack() as stack:
+        async with trio.open_nursery() as nursery:
+            adapter = Adapter(root, failures, automounts, nursery)
+            pyfuse3.init(adapter, mountpoint, set(OPTIONS))
+            # Detaches (MNT_DETACH) the tree with what is still mounted in it.
+            stack.callback(pyfuse3.close)
             nursery.start_soon(adapter.interrupts.run)
             nursery.start_soon(automounts.run)
+            if follow is not None:
+                nursery.start_soon(follow, adapter.changed)
             nursery.start_soon(_main, nursery.cancel_scope)
             ready()
             await stop.wait()
+            # The way to what is mounted in the tree leads through the tree: it must be served
+            # until those mounts are gone.
+            await automounts.unmount_below("")
             nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                await automounts.unmount_below("")
-            pyfuse3.close()
 
 
 async def _main(scope: trio.CancelScope) -> None:
