@@ -1,6 +1,6 @@
 """The unpacked layers in the store, and the images that the kernel mounts of them.
 
-    layers/<diff_id hex>/layer.json   LayerRecord: what there is, and whether it is on disk for sure
+    layers/<diff_id hex>/layer.json   a LayerRecord
                          data         file contents, each at a multiple of 4096; absent if none
                          index        the archive's entries (index.py)
                          meta.erofs   the layer as it is when no layer is below it
@@ -8,7 +8,10 @@
                         data          its own contents and what it links to in them; mostly absent
     layers/tmp/                       what is being made; emptied at start
 
-A layer appears by one rename, complete or not at all.
+A layer appears by one rename, complete and synced or not at all. Syncing later, and
+rebuilding a layer from its blob after a power failure, would save nothing that can be
+measured: the kernel writes the data back while it still comes in (``unpack.DataFile``),
+and the last fsync of a 240 MB layer takes 5 ms of 650.
 """
 
 import hashlib
@@ -83,6 +86,7 @@ class LayerImage(msgspec.Struct, frozen=True):
     data: Path | None
 
 
+# Of all files of a layer and of chains; those of another format are removed and made again.
 _FORMAT = 1
 
 
@@ -96,12 +100,12 @@ class Layers:
         self._temporary = directory / "tmp"
         self._lock = threading.Lock()  # for names to appear and disappear
         self._building = threading.Lock()  # trees take memory: one stack of them at a time
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(mode=0o700)
-        self._chains.mkdir(mode=0o700, exist_ok=True)
         self._layers: dict[Digest, Layer] = {}
-        with storage(f"reading {directory}"):
+        with storage(f"opening {directory}"):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir(mode=0o700, exist_ok=True)
+            self._chains.mkdir(mode=0o700, exist_ok=True)
             for path in directory.iterdir():
                 if path not in (self._chains, self._temporary):
                     self._adopt(path)
@@ -115,7 +119,7 @@ class Layers:
 
     def remove(self, diff_id: Digest) -> None:
         """Delete a layer and the chains it is part of; nothing may have it mounted. Idempotent."""
-        with self._building, self._lock:
+        with self._building, self._lock, storage(f"removing a layer from {self._directory}"):
             layer = self._layers.pop(diff_id, None)
             if layer is None:
                 return
