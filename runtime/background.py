@@ -25,8 +25,17 @@ class Background:
         self._nursery = nursery
 
     def start_soon(self, function: Callable[..., Awaitable[Any]], *arguments: object) -> None:
-        """Run ``function`` for as long as it takes; it must not raise."""
-        self._nursery.start_soon(function, *arguments)
+        """Run ``function`` for as long as it takes. If it fails, that is logged."""
+
+        async def task() -> None:
+            try:
+                await function(*arguments)
+            except CtrfsError as error:
+                log.error("%s", error)
+            except Exception:
+                log.exception("%s failed unexpectedly", function)
+
+        self._nursery.start_soon(task)
 
     async def run(self, function: Callable[[], Awaitable[_T]]) -> _T:
         """Run ``function`` and wait for it. When the waiting is cancelled, it goes on.

@@ -301,7 +301,8 @@ class Container:
         record.finished_ns = record.exit_code = None
         record.error = ""
         self._stdin_ended = False
-        self._ended = trio.Event()
+        if self._ended.is_set():  # else somebody waits already, for this very run
+            self._ended = trio.Event()
         await self._save()
         self._emit("start", pid=run.init.pid)
         self._background.start_soon(self._watch, run)

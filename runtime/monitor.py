@@ -252,15 +252,18 @@ class Attachment:
         """Give the process ``data``; waits while it does not read.
 
         Raises:
-            OSError: conmon is gone.
+            OSError: conmon is gone, or the connection was closed meanwhile.
         """
         async with self._sending:
             for start in range(0, len(data), self._PACKET):
-                await self._socket.send(data[start : start + self._PACKET])
+                try:
+                    await self._socket.send(data[start : start + self._PACKET])
+                except trio.ClosedResourceError:
+                    raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
 
     async def drain(self) -> None:
         """Throw away the output that conmon sends, until the connection ends."""
-        with suppress(OSError):
+        with suppress(OSError, trio.ClosedResourceError):
             # Of a packet, what does not fit into the buffer is gone.
             while await self._socket.recv(1):
                 pass
