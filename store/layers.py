@@ -86,7 +86,8 @@ class LayerImage(msgspec.Struct, frozen=True):
     data: Path | None
 
 
-# Of all files of a layer and of chains; those of another format are removed and made again.
+# Of a layer's files. One of another format is removed and made again; chains of another
+# format are not looked at, and go with their layers.
 _FORMAT = 1
 
 
