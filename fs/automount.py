@@ -6,17 +6,34 @@ use mounts it, and it is unmounted when nobody has used it for a while.
 
 import logging
 from collections.abc import Hashable
+from contextlib import suppress
+from dataclasses import dataclass
 
 import trio
 
 from fs.nodes import Mountpoint
 from runtime import linux
+from store.errors import CtrfsError
 
 log = logging.getLogger(__name__)
 
 # An idle mount costs a superblock and dentries; an image that is looked at again after
 # a minute or two is mounted again in a few milliseconds.
 EXPIRE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Mounted:
+    node: Mountpoint
+    target: str
+    content_id: Hashable
+
+    def is_current(self) -> bool:
+        """Whether a new mount would show the same."""
+        try:
+            return self.node.content_id() == self.content_id
+        except CtrfsError:
+            return False
 
 
 class Automounts:
@@ -29,7 +46,7 @@ class Automounts:
     def __init__(self, mountpoint: str) -> None:
         self._mountpoint = mountpoint.rstrip("/")
         self._locks: dict[Hashable, trio.Lock] = {}
-        self._mounted: dict[Hashable, str] = {}
+        self._mounted: dict[Hashable, _Mounted] = {}
 
     async def mount(self, node: Mountpoint) -> None:
         """Mount the content of the node unless it is there already.
@@ -41,31 +58,50 @@ class Automounts:
         target = f"{self._mountpoint}/{node.path}"
         async with lock:
             if not await trio.to_thread.run_sync(linux.is_mountpoint, target):
+                content_id = node.content_id()
                 await node.mount_at(target)
-            self._mounted[node.key] = target
+                self._mounted[node.key] = _Mounted(node, target, content_id)
 
     async def unmount_below(self, path: str) -> bool:
         """Unmount all at and below a path of the tree; False if some of it is in use."""
-        prefix = f"{self._mountpoint}/{path}".rstrip("/")
-        for key, target in list(self._mounted.items()):
-            if target == prefix or target.startswith(prefix + "/"):
-                try:
-                    await trio.to_thread.run_sync(linux.umount, target)
-                except OSError as error:
-                    if await trio.to_thread.run_sync(linux.is_mountpoint, target):
-                        log.debug("%s stays mounted: %s", target, error)
-                        return False
-                self._drop(key)
+        for key, target in self._below(path):
+            try:
+                await trio.to_thread.run_sync(linux.umount, target)
+            except OSError as error:
+                if await trio.to_thread.run_sync(linux.is_mountpoint, target):
+                    log.debug("%s stays mounted: %s", target, error)
+                    return False
+            self._drop(key)
         return True
+
+    async def refresh_below(self, path: str) -> None:
+        """Detach what shows another content than a new mount would.
+
+        Those who have files of it open keep them as they are.
+        """
+        for key, target in self._below(path):
+            if not self._mounted[key].is_current():
+                flags = linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW
+                with suppress(OSError):  # it has just expired
+                    await trio.to_thread.run_sync(linux.umount, target, flags)
+                self._drop(key)
+
+    def _below(self, path: str) -> list[tuple[Hashable, str]]:
+        prefix = f"{self._mountpoint}/{path}".rstrip("/")
+        return [
+            (key, mounted.target)
+            for key, mounted in self._mounted.items()
+            if mounted.target == prefix or mounted.target.startswith(prefix + "/")
+        ]
 
     async def run(self) -> None:
         """Unmount what has not been used, until cancelled."""
         while True:
             await trio.sleep(EXPIRE_SECONDS)
-            for key, target in list(self._mounted.items()):
+            for key, target in self._below(""):
                 if await trio.to_thread.run_sync(linux.expire_mount, target):
                     self._drop(key)
 
     def _drop(self, key: Hashable) -> None:
-        del self._mounted[key]
+        self._mounted.pop(key, None)
         self._locks.pop(key, None)

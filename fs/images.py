@@ -47,8 +47,10 @@ class Pull(CommandFile):
         return "\n".join(progress.line() for progress in self.parent.context.pulls.progress())
 
     async def command(self, text: str, caller: Caller) -> None:
-        """Pull one image."""
-        await self.parent.context.pulls.pull(parse_pull(text))
+        """Pull one image. What is mounted of another that had the name goes away."""
+        context = self.parent.context
+        image = await context.pulls.pull(parse_pull(text))
+        await context.automounts.refresh_below(f"{self.parent.path}/{image.name}")
 
 
 def parse_pull(text: str) -> PullRequest:
@@ -338,6 +340,10 @@ class ImageRootfs(_RootfsView):
 
     name = "rootfs"
 
+    def content_id(self) -> tuple[Digest, ...]:
+        """The layers."""
+        return self.parent.image.diff_ids
+
     def layers(self) -> tuple[LayerImage, ...]:
         """All layers, bottom first."""
         return self.parent.context.store.rootfs_layers(self.parent.image)
@@ -437,6 +443,10 @@ class LayerRootfs(_RootfsView):
 
     name = "rootfs"
     parent: "LayerDirectory"
+
+    def content_id(self) -> tuple[Digest, ...]:
+        """The layer and those below it: what it deletes depends on them."""
+        return self.parent.image.diff_ids[: self.parent.number + 1]
 
     def layers(self) -> tuple[LayerImage, ...]:
         """Just the one."""

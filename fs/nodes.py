@@ -182,6 +182,11 @@ class Mountpoint(Directory):
 
     attr_timeout = 0.0
 
+    def content_id(self) -> Hashable:
+        """What would be mounted now; another value means that what is mounted is out of date.
+        Raises CtrfsError when there is nothing any more."""
+        return None
+
     async def mount_at(self, target: str) -> None:
         """Mount the content at the host path ``target``, which leads to this node."""
         raise NotImplementedError

@@ -76,14 +76,14 @@ class Layout:
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """A manifest or index."""
-        return self._document(descriptor, self._limits.manifest_bytes)
+        return self._document(descriptor, self._limits.manifest_bytes, "manifest")
 
     def fetch_config(self, descriptor: Descriptor) -> bytes:
         """An image configuration."""
-        return self._document(descriptor, self._limits.config_bytes)
+        return self._document(descriptor, self._limits.config_bytes, "configuration")
 
-    def _document(self, descriptor: Descriptor, limit: int) -> bytes:
-        check_limit(descriptor.size, limit, f"{descriptor.digest} of {self._source}")
+    def _document(self, descriptor: Descriptor, limit: int, kind: str) -> bytes:
+        check_limit(descriptor.size, limit, f"the {kind} {descriptor.digest} of {self._source}")
         try:
             data = self._read(self._blob(descriptor), limit)
         except ImageNotFound as error:

@@ -152,6 +152,9 @@ class Pulls:
         progress.image = image
         progress.state = "pulling"
         await self._all_layers(source, image.name, wanted, states)
+        # Layers that don't fit together are found out now, and what it takes to mount them
+        # is made now, not when the first container starts.
+        await trio.to_thread.run_sync(self._store.rootfs_layers, image)
         image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
         await to_end(lambda: self._store.images.put(image))
         return image

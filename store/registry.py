@@ -66,7 +66,8 @@ class Registry:
 
     def _resolve_at(self, endpoint: "_Endpoint", wanted: str) -> tuple[Descriptor, bytes]:
         with self._manifest_answer(endpoint, wanted) as response:
-            data = self._document(response, self._limits.manifest_bytes, str(self._reference))
+            what = f"the manifest of {self._reference}"
+            data = self._document(response, self._limits.manifest_bytes, what)
         media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
         descriptor = Descriptor(media_type, digest_of(data), len(data))
         promised = self._reference.digest or _header_digest(response)

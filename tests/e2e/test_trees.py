@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.layouts import OciLayout, tar_of
 from tests.support.mount import Mount
 from tests.support.treediff import tree_diff
 from tools.images import run
@@ -57,6 +58,24 @@ def test_programs_of_the_image_run(mount: Mount, debian: str) -> None:
     mount.pull(debian)
     script = "print join ' ', map { $_ * 2 } 1..5"
     assert mount.run_container("c", debian, "perl", "-e", script) == (0, "2 4 6 8 10")
+
+
+def test_a_name_that_moves_shows_the_new_image(mount: Mount, tmp_path: Path) -> None:
+    """Who has a file of the old one open keeps it."""
+    layout = OciLayout(tmp_path / "oci")
+    for word in (b"old", b"new"):
+        layout.tag(word.decode(), layout.image(tar_of({"etc/": b"", "etc/word": word})))
+    image = mount.path / "images/localhost/moves:1"
+    mount.pull(f"oci:{layout.path}:old as=localhost/moves:1")
+    with (image / "rootfs/etc/word").open("rb") as old:
+        assert (image / "layers/0/rootfs/etc/word").read_bytes() == b"old"
+        mount.pull(f"oci:{layout.path}:new as=localhost/moves:1")
+        assert (image / "rootfs/etc/word").read_bytes() == b"new"
+        assert (image / "layers/0/rootfs/etc/word").read_bytes() == b"new"
+        assert old.read() == b"old"
+    image.rmdir()
+    mount.pull(f"oci:{layout.path}:old as=localhost/moves:1")
+    assert (image / "rootfs/etc/word").read_bytes() == b"old"
 
 
 def test_the_image_is_read_only_and_harmless(mount: Mount, debian: str) -> None:
