@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import msgspec
+
 from runtime.config import RuntimeConfig
 from store.config import StoreConfig
-
 from store.errors import CtrfsError
 
 

@@ -1,16 +1,16 @@
 """containers/: one directory per container; mkdir creates it, rmdir destroys it."""
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import msgspec
 import trio
-from runtime.containers import Container
-from runtime.settings import SETTINGS, Setting
-from runtime.signals import parse_signal
 
 from fs.context import Top
+from fs.events import EventSource
 from fs.handles import Handle
 from fs.nodes import (
+    STABLE_SECONDS,
     Caller,
     CommandFile,
     Directory,
@@ -26,6 +26,9 @@ from fs.nodes import (
     refuse,
 )
 from fs.stdin import StdinHandle
+from runtime.containers import Container
+from runtime.settings import SETTINGS, Setting
+from runtime.signals import parse_signal
 from store.events import rfc3339
 
 # Environment, configuration and output may hold secrets: root alone reads them, as it
@@ -46,6 +49,16 @@ class _ContainerFile(TextFile):
     def mtime_ns(self) -> int:
         """When the container last changed its state."""
         return self.container.state_ns
+
+
+class _StateFile(_ContainerFile):
+    """A file that changes with the container's state alone.
+
+    The kernel may keep its attributes, which saves a GETATTR at each open, because they are
+    invalidated whenever the state changes: see ContainersDirectory.follow.
+    """
+
+    attr_timeout = STABLE_SECONDS
 
 
 class _SettingFile(_ContainerFile, SettingFile):
@@ -122,7 +135,7 @@ class ConfigJson(_ContainerFile, DocumentFile):
         return self.container.settings_ns
 
 
-class State(_ContainerFile, CommandFile):
+class State(_StateFile, CommandFile):
     """`created`, `running`, `paused` or `stopped`. Write `start`, `stop` (the stop signal, then
     KILL after stop_timeout seconds), `kill`, `pause`, `resume` or `restart`; the write
     returns when it is done."""
@@ -150,7 +163,7 @@ class State(_ContainerFile, CommandFile):
         await command()
 
 
-class Pid(_ContainerFile):
+class Pid(_StateFile):
     """Process id of the container's first process as this machine sees it; empty unless it
     runs."""
 
@@ -161,7 +174,7 @@ class Pid(_ContainerFile):
         return str(self.container.pid or "")
 
 
-class ExitCode(_ContainerFile):
+class ExitCode(_StateFile):
     """What the container's first process ended with, 128+N when signal N ended it; empty
     before it has ended."""
 
@@ -183,7 +196,7 @@ class Error(_ContainerFile):
         return self.container.error
 
 
-class _Time(_ContainerFile):
+class _Time(_StateFile):
     def time_ns(self) -> int | None:
         raise NotImplementedError
 
@@ -450,6 +463,11 @@ class ContainerDirectory(Directory):
         self.container.error = sentence
 
 
+class _Event(msgspec.Struct):
+    event: str
+    id: str = ""
+
+
 class ContainersDirectory(Directory):
     """Containers. `mkdir NAME` makes one, rmdir destroys it."""
 
@@ -479,6 +497,20 @@ class ContainersDirectory(Directory):
         if not isinstance(target, ContainersDirectory):
             refuse("a container stays in containers/", errno.EPERM)
         await self.parent.context.containers.rename(name, new_name)
+
+    async def follow(self, changed: Callable[[Directory], None]) -> None:
+        """Tell of each container whose state changed, until cancelled."""
+        context = self.parent.context
+        source = EventSource(context.store.events)
+        try:
+            while True:
+                await source.ready()
+                for line in (source.take() or b"").splitlines():
+                    event = msgspec.json.decode(line, type=_Event)
+                    if event.event.startswith("container.") and event.id in context.containers:
+                        changed(ContainerDirectory(self, context.containers.get(event.id)))
+        finally:
+            source.close()
 
     def mtime_ns(self) -> int:
         """When a container was last made, renamed or removed."""

@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterable
 
 import trio
-from store.cas import Cas, Digest, parse_digest
 
 from fs.context import Context, Top
 from fs.nodes import Directory, HostFile, Node
+from store.cas import Cas, Digest, parse_digest
 from store.errors import InvalidReference
 
 

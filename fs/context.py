@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from runtime.containers import Containers
-from runtime.rootfs import Rootfs
-from store.pull import Pulls
-from store.store import Store
-
 from fs.automount import Automounts
 from fs.config import Config
 from fs.failures import Failures
 from fs.nodes import Directory
+from runtime.containers import Containers
+from runtime.rootfs import Rootfs
+from store.pull import Pulls
+from store.store import Store
 
 
 @dataclass(frozen=True, slots=True)

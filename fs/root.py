@@ -8,10 +8,9 @@ import msgspec
 from fs.containers import ContainersDirectory
 from fs.content import Content
 from fs.context import Context, Top
+from fs.events import EventSource
 from fs.images import Images
 from fs.nodes import STARTED_NS, BytesFile, Source, StreamFile, TextFile
-from fs.wakeup import Wakeup
-from store.events import EventLog
 
 
 class RootFile(TextFile):
@@ -73,29 +72,6 @@ class Errors(RootFile):
         return self.context.failures.changed_ns
 
 
-class _EventSource(Source):
-    """The events from the moment of opening on."""
-
-    def __init__(self, events: EventLog) -> None:
-        self._events = events
-        self._next = events.next_seq
-        self._wakeup = Wakeup()
-        self._stop = events.listen(self._wakeup.ring)
-
-    def take(self) -> bytes | None:
-        """Whole lines, or None."""
-        lines, self._next = self._events.since(self._next)
-        return b"".join(lines) or None
-
-    async def ready(self) -> None:
-        """Wait for an event."""
-        await self._wakeup.wait(lambda: self._events.next_seq > self._next)
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._stop()
-
-
 class Events(StreamFile):
     """Everything that happens from now on, as JSON Lines: `seq`, `time`, `event`, and what
     it concerns. A read blocks until there is something; poll(2) works. A gap in `seq`
@@ -106,7 +82,7 @@ class Events(StreamFile):
 
     async def start(self) -> Source:
         """Listen from now on."""
-        return _EventSource(self.parent.context.store.events)
+        return EventSource(self.parent.context.store.events)
 
 
 class Root(Top):

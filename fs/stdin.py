@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from runtime.containers import Container
-
 from fs.handles import SettingHandle
+from runtime.containers import Container
 
 if TYPE_CHECKING:
     from fs.containers import Stdin

@@ -5,15 +5,16 @@ import signal
 from collections.abc import Callable
 
 import trio
-from runtime.containers import Containers
 
 from fs.automount import Automounts
 from fs.config import Config, load
+from fs.containers import ContainersDirectory
 from fs.context import Context
 from fs.failures import Failures
 from fs.mount import serve
 from fs.root import Root
 from runtime import features
+from runtime.containers import Containers
 from runtime.rootfs import Rootfs
 from store.events import EventLog
 from store.pull import Pulls
@@ -59,7 +60,9 @@ async def _serve(options: Options, config: Config, ready: Callable[[], None]) ->
             )
             stop = trio.Event()
             nursery.start_soon(_stop_on_signal, stop)
-            await serve(Root(context), mountpoint, failures, automounts, ready, stop)
+            root = Root(context)
+            follow = ContainersDirectory(root).follow
+            await serve(root, mountpoint, failures, automounts, ready, stop, follow)
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
