@@ -48,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where images and containers are kept (%(default)s)",
     )
-    mount.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings (/etc/ctrfs/config.json)"
-    )
+    _add_config(mount)
     mount.add_argument("--foreground", action="store_true", help="stay, and log to standard error")
     mount.add_argument(
         "--log-level",
@@ -65,9 +63,16 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what this machine has and lacks")
     doctor.set_defaults(command=_doctor)
+    _add_config(doctor)
 
     commands.add_parser("version", help="print the version").set_defaults(command=_version)
     return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings (/etc/ctrfs/config.json)"
+    )
 
 
 def _mount(arguments: argparse.Namespace) -> int:
@@ -108,19 +113,20 @@ def _stop(daemon: instance.Instance) -> None:
         os.close(process)
 
 
-def _doctor(_: argparse.Namespace) -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
     # Imported here because the other commands need none of it.
+    from fs.config import load
     from runtime import features
 
-    wrong = 0
-    for check in features.checks():
-        if not check.ok:
-            wrong += check.required
-        mark = "ok     " if check.ok else ("MISSING" if check.required else "without")
-        print(f"{mark} {check.name}: {check.found}")
+    _require_root()
+    unfit = False
+    for check in features.checks(load(arguments.config).runtime):
+        mark = "ok" if check.ok else "MISSING" if check.required else "without"
+        print(f"{mark:8}{check.name}: {check.found}")
         if not check.ok:
             print(f"        {check.advice}")
-    return 1 if wrong else 0
+            unfit = unfit or check.required
+    return 1 if unfit else 0
 
 
 def _version(_: argparse.Namespace) -> int:

@@ -269,13 +269,16 @@ def test_doctor_finds_this_machine_fit() -> None:
     assert os.uname().release in result.stdout
 
 
-def test_doctor_says_what_to_do_about_what_is_missing() -> None:
-    result = ctrfs("doctor", PATH="/nowhere")
+def test_doctor_says_what_to_do_about_what_is_missing(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"runtime": {"runtime": "no-such-runc", "conmon": "/no/such/conmon"}}')
+    result = ctrfs("doctor", "--config", config)
     assert result.returncode == 1
-    missing = [line for line in result.stdout.splitlines() if line.startswith("MISSING")]
-    assert any("runc" in line for line in missing)
-    assert any("conmon" in line for line in missing)
-    assert "apt" in result.stdout
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    for name in ("no-such-runc", "conmon"):
+        (number,) = (i for i, line in enumerate(lines) if line.startswith(f"MISSING {name}"))
+        assert f"apt install {name}" in lines[number + 1]
 
 
 def test_run_directories(tmp_path: Path) -> None:
