@@ -1,12 +1,14 @@
 """The command `ctrfs`, run as users and service managers do."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,9 @@ def place(tmp_path: Path) -> Iterator[Place]:
         if any(mount.target == str(mountpoint) for mount in linux.mounts()):
             assert ctrfs("umount", mountpoint).returncode == 0
         for pid in pids(root):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(run_directory(root), ignore_errors=True)
 
 
 def pids(root: Path) -> list[int]:
