@@ -87,14 +87,15 @@ class Rootfs:
         try:
             if self._method != "loop":
                 try:
-                    _mount_file(image, target)
+                    mount_file(image, target)
                     self._method = "file"
                     return
                 except OSError as error:
-                    # A kernel that mounts EROFS from block devices only says ENOTBLK.
-                    if self._method == "file" or error.errno != errno.ENOTBLK:
+                    # ENOTBLK: the kernel mounts EROFS from block devices only. EINVAL: not from
+                    # files of this file system, for example tmpfs; or the image is bad.
+                    if self._method == "file" or error.errno not in (errno.ENOTBLK, errno.EINVAL):
                         raise
-            _mount_loop(image, target)
+            mount_loop(image, target)
             self._method = "loop"
         except OSError as error:
             raise _layer_failure(image, error) from error
@@ -220,7 +221,7 @@ class Rootfs:
         self.unmount_unused_layers()
 
 
-def _mount_file(image: LayerImage, target: str) -> None:
+def mount_file(image: LayerImage, target: str) -> None:
     """Mount an EROFS image straight from its file.
 
     The data file is named through a descriptor: ``device=`` knows no way to write a
@@ -237,7 +238,7 @@ def _mount_file(image: LayerImage, target: str) -> None:
         os.close(data)
 
 
-def _mount_loop(image: LayerImage, target: str) -> None:
+def mount_loop(image: LayerImage, target: str) -> None:
     """Mount an EROFS image through loop devices, which go with the mount."""
     held: list[int] = []
     try:
