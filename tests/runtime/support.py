@@ -49,11 +49,16 @@ def tar_of(entries: Iterable[tuple[tarfile.TarInfo, bytes]]) -> bytes:
 
 
 def item(
-    name: str, kind: bytes = tarfile.REGTYPE, mode: int = 0o644, link: str = ""
+    name: str,
+    kind: bytes = tarfile.REGTYPE,
+    mode: int = 0o644,
+    link: str = "",
+    device: tuple[int, int] = (0, 0),
 ) -> tarfile.TarInfo:
     """One entry's header."""
     entry = tarfile.TarInfo(name)
     entry.type, entry.mode, entry.linkname = kind, mode, link
+    entry.devmajor, entry.devminor = device
     return entry
 
 
