@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 from store.errors import CtrfsError
@@ -49,6 +50,7 @@ def background(options: Options, level: str) -> None:
         os.statvfs(options.mountpoint)  # waits for the first answer
     except KeyboardInterrupt:
         os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
         raise
     except OSError as error:
         raise CommandFailed(f"{options.mountpoint} does not answer: {error.strerror}") from error
@@ -84,6 +86,8 @@ class _Daemon:
             self._tell(os.fsencode(error.sentence))
             log.error("%s", error.sentence)
             return 1
+        except SystemExit as end:
+            return int(end.code or 0)
         except BaseException as error:
             log.exception("the daemon failed")
             where = self._log_path or "the system's log"
@@ -116,6 +120,8 @@ def _untold_end(status: int) -> str:
 
 
 def _serve(options: Options, ready: Callable[[], None]) -> None:
+    # Before the daemon listens to signals itself, one that ends it must tidy up all the same.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # Imported here because the other commands need none of it.
     from tools import daemon
 
