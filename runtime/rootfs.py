@@ -39,6 +39,8 @@ _OPTIONS_MAX = os.sysconf("SC_PAGE_SIZE") - 1
 _POLICY = "index=off,redirect_dir=nofollow,metacopy=off"
 _WRITABLE_POLICY = f"{_POLICY},xino=auto"
 
+# For layers as well: a view by bind mount has these flags from its first moment, and what a
+# container may do with its files depends on the flags of its overlay alone.
 _VIEW_FLAGS = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
 
 
@@ -228,12 +230,12 @@ def mount_file(image: LayerImage, target: str) -> None:
     comma in a path.
     """
     if image.data is None:
-        linux.mount(str(image.meta), target, "erofs", linux.MS_RDONLY)
+        linux.mount(str(image.meta), target, "erofs", _VIEW_FLAGS)
         return
     data = os.open(image.data, os.O_RDONLY | os.O_CLOEXEC)
     try:
         options = f"device=/proc/self/fd/{data}"
-        linux.mount(str(image.meta), target, "erofs", linux.MS_RDONLY, options)
+        linux.mount(str(image.meta), target, "erofs", _VIEW_FLAGS, options)
     finally:
         os.close(data)
 
@@ -249,7 +251,7 @@ def mount_loop(image: LayerImage, target: str) -> None:
             descriptor, data = linux.attach_loop(str(image.data))
             held.append(descriptor)
             options = f"device={data}"
-        linux.mount(meta, target, "erofs", linux.MS_RDONLY, options)
+        linux.mount(meta, target, "erofs", _VIEW_FLAGS, options)
     finally:
         for descriptor in held:
             os.close(descriptor)
