@@ -83,7 +83,7 @@ class Container:
         return self._record.uid
 
     @property
-    def state(self) -> State:
+    def state(self) -> str:
         """created, running, paused or stopped."""
         return self._record.state
 

@@ -63,7 +63,7 @@ class _View:
         whole = raw.rfind(b"\n") + 1
         raw = raw[:whole] if whole or not full else raw
         carried = dict(self.carried[number])
-        shown = self.convert(raw, carried)
+        shown = self.convert(raw, carried) if whole else b""
         if full:
             end = start + len(raw)
             self.file_offsets.append(end)

@@ -115,7 +115,6 @@ def generate(values: Effective, cgroup_path: str, unified: bool) -> Document:
             _mount("/sys/fs/cgroup", "cgroup", "cgroup", "ro", "nosuid", "noexec", "nodev")
         )
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    soft = _SOFT_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_SOFT_DESCRIPTORS, hard)
     return {
         "ociVersion": "1.0.2",
         "process": {
@@ -127,7 +126,7 @@ def generate(values: Effective, cgroup_path: str, unified: bool) -> Document:
             "capabilities": {
                 kind: list(_CAPABILITIES) for kind in ("bounding", "effective", "permitted")
             },
-            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}] if hard > 0 else [],
+            "rlimits": [descriptor_limit(hard)],
             "noNewPrivileges": True,
         },
         "root": {"path": "", "readonly": values.readonly},
@@ -142,6 +141,11 @@ def generate(values: Effective, cgroup_path: str, unified: bool) -> Document:
             "seccomp": _seccomp(),
         },
     }
+
+
+def descriptor_limit(hard: int) -> Document:
+    """The limit on open descriptors: never above ``hard``, which may not be raised."""
+    return {"type": "RLIMIT_NOFILE", "soft": min(_SOFT_DESCRIPTORS, hard), "hard": hard}
 
 
 @cache

@@ -29,8 +29,38 @@ from store.platform import host_platform
 from store.store import Store
 
 APPLETS = (
-    "sh cat echo sleep true false id env pwd hostname ls mkdir rm mv touch dd yes head seq grep mount"
-    " ip test kill printf stat ln chmod tail wc tr nproc ps umount chown readlink awk cmp".split()
+    "sh",
+    "cat",
+    "chmod",
+    "dd",
+    "echo",
+    "env",
+    "false",
+    "grep",
+    "head",
+    "hostname",
+    "id",
+    "ip",
+    "kill",
+    "ls",
+    "mkdir",
+    "mount",
+    "mv",
+    "printf",
+    "pwd",
+    "readlink",
+    "rm",
+    "seq",
+    "sleep",
+    "stat",
+    "tail",
+    "test",
+    "touch",
+    "tr",
+    "true",
+    "umount",
+    "wc",
+    "yes",
 )
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1001::/:/bin/sh\nodd:x:abc:1::/:\n"
 GROUP = "root:x:0:\nweb:x:1001:\nmedia:x:44:web,other\nlogs:x:55:web\n"
@@ -199,9 +229,9 @@ def sweep(directory: Path) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     for cgroup in cgroups_of(uids):
-        for pid in (cgroup / "cgroup.procs").read_text().split():
+        for member in (cgroup / "cgroup.procs").read_text().split():
             with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(int(member), signal.SIGKILL)
     deadline = time.monotonic() + 5
     while (left := cgroups_of(uids)) and time.monotonic() < deadline:
         for cgroup in left:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,19 @@ from runtime.errors import (
     ContainerNotFound,
     InvalidName,
     InvalidSetting,
-    RuntimeFailure,
     StdinClosed,
 )
 from store.errors import CtrfsError, ImageInUse, ImageNotFound
-from tests.runtime.support import IMAGE, Room, mounts_below, text_of
+from tests.runtime.support import (
+    IMAGE,
+    Room,
+    add_image,
+    base_layer,
+    item,
+    mounts_below,
+    tar_of,
+    text_of,
+)
 
 
 def events_of(room: Room) -> list[str]:
@@ -28,11 +37,16 @@ def events_of(room: Room) -> list[str]:
     return [json.loads(line)["event"] for line in room.events.since(0)[0]]
 
 
-async def until(condition: object, seconds: float = 5.0) -> None:
+def content(path: str) -> str:
+    """A file's text."""
+    return Path(path).read_text()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     """Wait until ``condition()`` holds."""
-    assert callable(condition)
     with trio.fail_after(seconds):
-        while not condition():
+        # Nothing tells of what a process in a container does.
+        while not condition():  # noqa: ASYNC110
             await trio.sleep(0.005)
 
 
@@ -420,11 +434,12 @@ async def test_remove_while_it_runs(room: Room) -> None:
 async def test_remove_while_somebody_is_in_its_rootfs(room: Room) -> None:
     container = await room.make("inside", "true")
     root = await container.rootfs()
-    with open(root / "etc/passwd"):
-        with pytest.raises(ContainerBusy, match="fuser"):
-            await room.containers.remove("inside")
-        assert "inside" in room.containers
-        assert (root / "bin/sh").exists()
+    held = os.open(root / "etc/passwd", os.O_RDONLY)
+    with pytest.raises(ContainerBusy, match="fuser"):
+        await room.containers.remove("inside")
+    assert "inside" in room.containers
+    assert (root / "bin/sh").exists()
+    os.close(held)
     await room.containers.remove("inside")
 
 
@@ -519,7 +534,7 @@ async def test_networks(room: Room) -> None:
     text = await room.output(
         "host", "sh", "-c", "readlink /proc/self/ns/net; cat /etc/hosts", network="host"
     )
-    assert text == os.readlink("/proc/self/ns/net") + "\n" + Path("/etc/hosts").read_text()
+    assert text == os.readlink("/proc/self/ns/net") + "\n" + content("/etc/hosts")
 
 
 async def test_what_a_container_may_not_do(room: Room) -> None:
@@ -679,7 +694,10 @@ async def test_processes(room: Room) -> None:
 
 
 async def test_changes(room: Room) -> None:
-    script = "echo x > /new; mkdir -p /d/e; rm /etc/group; echo y >> /etc/passwd; rm -r /root; mkdir /root"
+    script = (
+        "echo x > /new; mkdir -p /d/e; rm /etc/group; echo y >> /etc/passwd; rm -r /root;"
+        "mkdir /root"
+    )
     container = await room.make("changed", "sh", "-c", script)
     assert await container.changes() == b""
     await container.start()
@@ -715,8 +733,6 @@ async def test_a_tag_that_moves_does_not_move_the_container(room: Room) -> None:
     container = await room.make("kept", "sh", "-c", "echo run; test -e /new && echo moved")
     await container.start()
     await container.wait()
-    from tests.runtime.support import add_image, base_layer, item, tar_of
-
     add_image(room.store, IMAGE, [base_layer(), tar_of([(item("new"), b"")])])
     await container.start()
     await container.wait()
@@ -748,6 +764,11 @@ async def test_a_killed_monitor_ends_the_container(room: Room) -> None:
     assert container.error == ""
 
 
-async def test_failures_have_names(room: Room) -> None:
-    assert issubclass(ContainerBusy, RuntimeFailure)
-    assert ContainerBusy("x").errno == errno.EBUSY
+async def test_out_of_memory_is_named(room: Room) -> None:
+    container = await room.make("greedy", "sh", "-c", "tail /dev/zero")
+    document = json.loads(container.config_document())
+    document["linux"]["resources"]["memory"] = {"limit": 16 << 20}
+    await container.set_config_document(json.dumps(document).encode())
+    await container.start()
+    assert await container.wait() == 137
+    assert "out of memory" in container.error

@@ -139,7 +139,7 @@ async def test_exit_codes_of_those_that_ended_meanwhile(place: Path, victims: Vi
     victims.run_and_kill(
         place, *start("now", "sh", "-c", "exit 43"), *start("soon", "sh", "-c", script)
     )
-    time.sleep(0.5)
+    await trio.sleep(0.5)
     async with after(place) as room:
         for name, code in (("now", 43), ("soon", 44)):
             container = room.containers.get(name)
@@ -194,7 +194,7 @@ async def test_the_monitor_died_meanwhile(place: Path, victims: Victims) -> None
 
 async def test_process_ids_of_others_are_never_trusted(place: Path) -> None:
     """As after a reboot: the numbers are those of processes that are none of ours."""
-    bystander = subprocess.Popen(["sleep", "100"])
+    bystander = await trio.lowlevel.open_process(["sleep", "100"])
     try:
         async with opened(place) as room:
             container = await room.make("old", "true")
@@ -214,7 +214,7 @@ async def test_process_ids_of_others_are_never_trusted(place: Path) -> None:
         assert bystander.poll() is None
     finally:
         bystander.kill()
-        bystander.wait()
+        await bystander.wait()
 
 
 async def test_a_removal_that_was_cut_short_is_completed(place: Path) -> None:
@@ -230,15 +230,13 @@ async def test_a_removal_that_was_cut_short_is_completed(place: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["sleep", "true"])
-async def test_killed_at_any_moment_of_a_start(
-    place: Path, victims: Victims, command: str
-) -> None:
+async def test_killed_at_any_moment_of_a_start(place: Path, victims: Victims, command: str) -> None:
     args = ["sleep", "100"] if command == "sleep" else ["sh", "-c", "echo ran"]
     chance = random.Random(command)
     seen = set()
     for turn in range(12):
         pid = victims.begin(place, *start(f"c{turn}", *args))
-        time.sleep(chance.uniform(0, 0.09))
+        await trio.sleep(chance.uniform(0, 0.09))
         kill(pid)
         async with after(place) as room:
             for name in room.containers.list():

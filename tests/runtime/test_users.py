@@ -57,7 +57,12 @@ def test_no_files(tmp_path: Path) -> None:
 
 def test_links_stay_inside(root: Path, tmp_path: Path) -> None:
     (tmp_path / "passwd").write_text("evil:x:666:666::/:\n")
-    for target in ("../../passwd", "/../passwd", str(tmp_path / "passwd"), "/proc/1/root/etc/passwd"):
+    for target in (
+        "../../passwd",
+        "/../passwd",
+        str(tmp_path / "passwd"),
+        "/proc/1/root/etc/passwd",
+    ):
         (root / "etc/passwd").unlink()
         (root / "etc/passwd").symlink_to(target)
         with pytest.raises(InvalidSetting, match="no user 'evil'"):
