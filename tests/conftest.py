@@ -4,11 +4,13 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from runtime import linux
+from tools.options import run_directory
 
 # The lowest layer first: the first failure is then the cause, not a symptom.
 ORDER = ("store", "runtime", "fs", "tools", "e2e")
@@ -44,25 +46,17 @@ def no_unexpected_warnings(
 
 
 @pytest.fixture(autouse=True, scope="session")
-def nothing_left_behind() -> Iterator[None]:
-    """Fail the run if mounts, monitors or cgroups remain that were not there before."""
-    before = _traces()
+def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail the run if mounts or processes of its tests remain."""
     yield
-    left = _traces() - before
-    assert not left, f"left behind: {sorted(left)}"
-
-
-def _traces() -> set[str]:
-    traces = {mount.target for mount in linux.mounts()}
+    base = tmp_path_factory.getbasetemp()
+    runs = {run_directory(database.parent) for database in base.rglob("ctrfs.db")}
+    places = tuple(f"{place}/" for place in (base, *runs))
+    left = [mount.target for mount in linux.mounts() if mount.target.startswith(places)]
     for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/comm") as file:
-                    name = file.read().strip()
-            except OSError:
-                continue
-            if name in ("conmon", "runc", "crun", "docker-registry"):
-                traces.add(f"process {name} {entry}")
-    if os.path.isdir("/run/netns"):
-        traces |= {f"netns {name}" for name in os.listdir("/run/netns")}
-    return traces
+        if entry.isdigit() and int(entry) != os.getpid():
+            with suppress(OSError):
+                command = Path(f"/proc/{entry}/cmdline").read_text().replace("\0", " ")
+                if any(place in command for place in places):
+                    left.append(f"process {entry}: {command}")
+    assert not left, "left behind:\n" + "\n".join(left)
