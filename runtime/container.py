@@ -285,10 +285,15 @@ class Container:
             raise InvalidSetting(
                 "neither the image nor `args` names a command; write one to `args`"
             )
+        started_before = record.started_ns
         try:
             run = await self._create_and_start(pinned, values, document)
         except BaseException as error:
-            await trio.to_thread.run_sync(self._steps.undo, record)
+            record.started_ns = started_before
+            try:
+                await trio.to_thread.run_sync(self._steps.undo, record)
+            except (CtrfsError, OSError) as second:
+                log.warning("%s: undoing a failed start: %s", self.id, second)
             if isinstance(error, OSError) and not isinstance(error, CtrfsError):
                 raise StartFailed(
                     f"{self.id} cannot be started: {error.strerror}", errno=error.errno
@@ -297,7 +302,7 @@ class Container:
         record.run = run
         record.starting = None
         record.state = "running"
-        record.started_ns = record.state_ns = time.time_ns()
+        record.state_ns = time.time_ns()
         record.finished_ns = record.exit_code = None
         record.error = ""
         self._stdin_ended = False
@@ -319,6 +324,8 @@ class Container:
             creation.close()
         if creation.conmon is None:
             raise StartFailed("the container's monitor (conmon) ended at once")
+        # It may have ended before the next line is reached.
+        self._record.started_ns = time.time_ns()
         await self._services.runtime.start(self.uid)
         return Run(creation.conmon, init)
 
@@ -483,7 +490,9 @@ class Container:
         record.state = "stopped"
         record.state_ns = time.time_ns()
         record.exit_code = ending.code
-        record.finished_ns = ending.finished_ns
+        # The end is the time of a file, which may be 4 ms behind the clock; and who ends at
+        # once has ended before `runc start` has returned.
+        record.finished_ns = max(ending.finished_ns, record.started_ns or 0)
         record.error = ending.error
         self._untidy = True
         self._ended.set()
@@ -502,6 +511,14 @@ class Container:
 
     async def recover(self) -> None:
         """Go on from where the last daemon was: adopt the run, or say how it ended."""
+        try:
+            await self._recover()
+        except (CtrfsError, OSError) as error:
+            # The others are not to suffer; what is left is tried again by each command.
+            log.warning("%s: going on after the last daemon: %s", self.id, error)
+            self.error = str(error)
+
+    async def _recover(self) -> None:
         record = self._record
         if record.starting:
             await trio.to_thread.run_sync(self._steps.resolve_start, record)
@@ -598,6 +615,12 @@ class Container:
             return bool(name) and self._services.store.images.get(name or "").digest == digest
         except CtrfsError:
             return False
+
+    async def unmount(self) -> None:
+        """Unmount the root filesystem if it does not run and nobody uses it."""
+        async with self._lock:
+            if not self.is_running:
+                await trio.to_thread.run_sync(self._steps.unmount)
 
     async def unmount_if_idle(self) -> None:
         """Unmount the root filesystem of a container that does not run and is not looked at."""

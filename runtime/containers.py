@@ -87,6 +87,9 @@ class Containers:
             try:
                 yield
             finally:
+                with trio.CancelScope(shield=True):
+                    for container in self._containers.values():
+                        await container.unmount()
                 nursery.cancel_scope.cancel()
 
     async def _unmount_idle(self) -> None:

@@ -69,12 +69,12 @@ class Place:
         # conmon ends the path of a log at a colon; a link in its working directory has none.
         (self.bundle / _LOG_LINK).symlink_to(self.log)
 
-    def exit_code(self) -> int | None:
-        """What conmon wrote when the container ended; None when it has written nothing."""
-        try:
-            return int(self.exit_file.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
+    def exit(self) -> tuple[int, int] | None:
+        """The exit code that conmon wrote, and when; None when it has written nothing."""
+        for path in (self.exit_file, self.bundle / "exit"):
+            with suppress(FileNotFoundError, ValueError):
+                return int(path.read_text()), path.stat().st_mtime_ns
+        return None
 
     def out_of_memory(self) -> bool:
         """Whether the kernel killed something in the container for want of memory."""
@@ -204,6 +204,8 @@ def _arguments(runtime: OciRuntime, place: Place, stdin: Stdin) -> list[str]:
     arguments += ["--conmon-pidfile", str(place.bundle / _CONMON_PID)]
     arguments += ["--container-pidfile", str(place.bundle / _INIT_PID)]
     arguments += ["--log-path", f"k8s-file:{_LOG_LINK}", "--exit-dir", str(place.exits)]
+    # Written before the other and mostly in memory: a full disk does not lose the code.
+    arguments += ["--persist-dir", str(place.bundle)]
     # An fsync of the log at each end can take seconds on a busy disk, and only a crash
     # of the whole machine could lose what it saves.
     arguments += ["--no-sync-log"]

@@ -103,15 +103,21 @@ class Rootfs:
             raise _layer_failure(image, error) from error
 
     def unmount_unused_layers(self) -> None:
-        """Unmount the layers that no overlay is made of. Views by bind mount keep working."""
+        """Unmount the layers that no container needs. Views that are still there keep working.
+
+        Other instances have layers of the same names, and overlays made of them.
+        """
         with self._lock:
             mounts = linux.mounts()
-            used = {key for mount in mounts for key in _lower_keys(mount)}
+            ours = (m for m in mounts if Path(m.target).is_relative_to(self._containers))
+            used = {key for mount in ours for key in _lower_keys(mount)}
             for mount in mounts:
                 path = Path(mount.target)
                 if path.parent == self._layers and path.name not in used:
                     with suppress(OSError):
-                        linux.umount(mount.target)
+                        # Detached, because whoever looks at all mounts of the machine (df, a
+                        # monitoring agent) makes a plain umount fail for that moment.
+                        linux.umount(mount.target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
                         path.rmdir()
 
     # --- merged trees ----------------------------------------------------------------

@@ -109,7 +109,7 @@ class Steps:
 
     def mount(self, pinned: Pinned) -> Path:
         """Mount the root filesystem unless it is there."""
-        self._state.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
         upper, work = self._state / "upper", self._state / "work"
         # Overlayfs shows the upper directory's own attributes for the root, not the image's.
         fresh = not upper.exists()
@@ -131,8 +131,7 @@ class Steps:
         self._place.exit_file.unlink(missing_ok=True)
         if starting:
             if not starting.mounted:
-                with suppress(ContainerBusy):
-                    self._services.rootfs.unmount(self._uid)
+                self.unmount()
             if not starting.pinned:
                 self.unpin(record)
         record.starting = None
@@ -140,8 +139,7 @@ class Steps:
 
     def unpin(self, record: Record) -> None:
         """Forget the image and the files that lie on it, which are none of the user's."""
-        with suppress(ContainerBusy):
-            self._services.rootfs.unmount(self._uid)
+        self.unmount()
         remove_tree(self._state / "upper")
         remove_tree(self._state / "work")
         record.image = None
@@ -156,7 +154,8 @@ class Steps:
         created = self._place.was_created() and self._services.runtime.exists(self._uid)
         conmon, init = self._place.find_conmon(), self._place.find_init()
         let_go = created and not self._services.runtime.is_created(self._uid)
-        if not let_go or not (conmon or self._place.exit_code() is not None):
+        if not let_go or not (conmon or self._place.exit()):
+            record.error = "the daemon was killed during a start, which was undone"
             self.undo(record)
             return
         nobody = Process(0, 0, "")
@@ -171,10 +170,10 @@ class Steps:
 
     def ending(self) -> Ending | None:
         """How the run ended, if conmon left word of it. Does not block on anything slow."""
-        code = self._place.exit_code()
-        if code is None:
+        found = self._place.exit()
+        if found is None:
             return None
-        finished = self._place.exit_file.stat().st_mtime_ns
+        code, finished = found
         error = "the kernel killed it or a child of it: out of memory" if self.oom() else ""
         return Ending(code if code >= 0 else UNKNOWN_EXIT, finished, error)
 
@@ -195,9 +194,9 @@ class Steps:
         )
 
     def tidy(self, record: Record) -> None:
-        """After the end of a run: remember it, and remove what the run left on the machine."""
-        self._services.records.save(record)
+        """After the end of a run: remove what it left on the machine, and remember it."""
         self._clear_away(spec_has_hooks=record.override is not None)
+        self._services.records.save(record)
 
     def _clear_away(self, *, spec_has_hooks: bool) -> None:
         # A user's own document may have hooks, or leave processes outside of any pid
@@ -276,6 +275,11 @@ class Steps:
                 # The next start of the daemon tries again.
                 log.warning("cannot delete %s: %s", directory, error.strerror)
 
+    def unmount(self) -> None:
+        """Unmount the root filesystem unless somebody uses it."""
+        with suppress(ContainerBusy):
+            self._services.rootfs.unmount(self._uid)
+
     def unmount_idle(self) -> None:
         """Unmount the root filesystem if nobody has used it since the last call."""
         self._services.rootfs.unmount_idle(self._uid)
@@ -285,7 +289,9 @@ def remove_orphans(services: Services, known: Iterable[str]) -> None:
     """Delete files of containers that are not recorded: a removal that was cut short."""
     kept = set(known)
     for parent in (services.root, services.run):
-        parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        # A program that a container made set-user-ID must be out of reach for users of the host.
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        parent.chmod(0o700)
         for directory in parent.iterdir():
             if directory.name not in kept:
                 with suppress(ContainerBusy):

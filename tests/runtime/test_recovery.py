@@ -156,6 +156,9 @@ async def test_an_orderly_end_leaves_containers_running_too(place: Path) -> None
         container = await room.make("stays", "sleep", "100")
         await container.start()
         pid = container.pid
+        await (await room.make("looked-at")).rootfs()
+    mounted = mounts_below(place / "run/containers")
+    assert mounted == [str(room.rootfs.container_path(container.uid))]
     async with after(place) as room:
         assert room.containers.get("stays").pid == pid
 
@@ -206,6 +209,7 @@ async def test_process_ids_of_others_are_never_trusted(place: Path) -> None:
             record.state, record.run, record.exit_code = "running", Run(other, other), None
             Records(room.store.db).save(record)
             (place / "root/containers" / record.uid / "exit" / record.uid).unlink()
+            (place / "run/containers" / record.uid / "bundle/exit").unlink()
         async with after(place) as room:
             container = room.containers.get("old")
             assert container.state == "stopped"

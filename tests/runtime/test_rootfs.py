@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import tarfile
@@ -123,6 +124,17 @@ def test_a_container_of_no_layer(stack: Stack) -> None:
     assert list(root.iterdir()) == []
     (root / "x").write_text("x")
     assert (stack.upper / "x").exists()
+
+
+def test_privileges_of_files_count_in_containers_and_not_in_views(stack: Stack) -> None:
+    program = Path(shutil.which("id") or "").read_bytes()
+    images = stack.images(BASE, tar_of([(item("id", mode=0o4755), program)]))
+    root = stack.rootfs.container("c1", images, stack.upper, stack.work)
+    stack.rootfs.image_view(images, str(stack.target))
+    for top, expected in ((root, "0\n"), (stack.target, "1000\n")):
+        done = subprocess.run(["./id", "-u"], cwd=top, user=1000, capture_output=True, check=True)
+        assert done.stdout.decode() == expected
+    os.close(os.open(root / "null", os.O_RDONLY))
 
 
 def test_layers_are_mounted_once_also_by_many_threads(stack: Stack) -> None:
