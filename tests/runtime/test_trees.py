@@ -121,3 +121,4 @@ def test_changes_deeper_than_any_path(tmp_path: Path) -> None:
     nest(tmp_path / "upper", 100)
     with pytest.raises(RuntimeFailure, match="too deep"):
         list_changes(tmp_path / "upper", tmp_path / "lower")
+    remove_tree(tmp_path / "upper")  # others choke on it, too
