@@ -60,12 +60,16 @@ class Place:
         """Where conmon leaves the exit code."""
         return self.exits / self.uid
 
-    def clear(self) -> None:
-        """Empty the bundle and remove an exit file of an earlier run."""
+    def remove(self) -> None:
+        """Delete what a run, or an attempt at one, has left."""
         shutil.rmtree(self.bundle, ignore_errors=True)
+        self.exit_file.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Make room for a run."""
+        self.remove()
         self.bundle.mkdir(mode=0o700, parents=True)
         self.exits.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.exit_file.unlink(missing_ok=True)
         # conmon ends the path of a log at a colon; a link in its working directory has none.
         (self.bundle / _LOG_LINK).symlink_to(self.log)
 

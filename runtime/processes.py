@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+from collections.abc import Collection
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -96,6 +97,17 @@ def command_line(pid: int) -> list[str]:
         return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
     except OSError:
         return []
+
+
+def find_processes(programs: Collection[str], word: str) -> list[Process]:
+    """Processes of these programs that have ``word`` as an argument."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            arguments = command_line(int(entry))
+            if arguments and os.path.basename(arguments[0]) in programs and word in arguments:
+                found.append(identify(int(entry)))
+    return [process for process in found if process is not None]
 
 
 @cache

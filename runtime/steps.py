@@ -20,7 +20,7 @@ from runtime.errors import ContainerBusy, StartFailed
 from runtime.log import LogReader
 from runtime.monitor import Creation, Place
 from runtime.oci import OciRuntime, find_program
-from runtime.processes import Process
+from runtime.processes import Process, find_processes
 from runtime.records import Pinned, Record, Records, Run, Starting
 from runtime.rootfs import Rootfs
 from runtime.settings import Effective
@@ -124,11 +124,13 @@ class Steps:
     def undo(self, record: Record) -> None:
         """Take back a start that failed at any point; the record is what it was."""
         starting = record.starting
-        # The OCI runtime dies with its conmon, and its children are in the cgroup.
-        if conmon := self._place.find_conmon():
-            conmon.kill(_KILL_SECONDS)
+        # What has not got going yet fails without its bundle; what has is found by its
+        # arguments, wherever it is; what that has made is in the cgroup.
+        self._place.remove()
+        programs = (self._services.config.conmon, self._services.config.runtime)
+        for process in find_processes({Path(name).name for name in programs}, self._uid):
+            process.kill(_KILL_SECONDS)
         self._clear_away(spec_has_hooks=record.override is not None)
-        self._place.exit_file.unlink(missing_ok=True)
         if starting:
             if not starting.mounted:
                 self.unmount()

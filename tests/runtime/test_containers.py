@@ -543,12 +543,12 @@ async def test_networks(room: Room) -> None:
 
 async def test_what_a_container_may_not_do(room: Room) -> None:
     script = (
-        "mount -t tmpfs x /tmp && echo mounted; echo 1 > /proc/sys/kernel/panic && echo sysctl;"
+        "exec 2>/dev/null; mount -t tmpfs x /tmp && echo mounted;"
+        "echo 1 > /proc/sys/kernel/panic && echo sysctl;"
         "cat /proc/kcore | head -c 1 | wc -c; grep -E '^(NoNewPrivs|Seccomp):' /proc/self/status;"
         "grep CapEff /proc/self/status; ls /proc | grep -c '^[0-9]'"
     )
     lines = (await room.output("jail", "sh", "-c", script)).splitlines()
-    lines = [line for line in lines if "denied" not in line and "permitted" not in line]
     assert not {"mounted", "sysctl"} & set(lines)
     assert "NoNewPrivs:\t1" in lines
     assert "Seccomp:\t2" in lines
@@ -720,7 +720,7 @@ async def test_rootfs_before_during_and_after(room: Room) -> None:
         await container.set("image", "other:1")
     await container.start()
     await until(lambda: (root / "made").exists())
-    assert text_of(container) == "by hand\n"
+    await until(lambda: text_of(container) == "by hand\n")
     await container.kill()
     assert (await container.rootfs() / "made").read_text() == "made\n"
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import trio
 
 from runtime import features, linux
 from runtime.cgroups import Cgroup, hierarchies, layout, process_table
@@ -88,6 +89,25 @@ def test_what_is_missing_is_found_missing() -> None:
     if layout() == "hybrid":
         crun = {c.name: c for c in features.checks(RuntimeConfig(runtime="crun"))}
         assert not crun["runtime and cgroups"].ok
+
+
+async def test_runc_agrees_with_what_is_done_without_it(room: Room) -> None:
+    async def runc(*arguments: str) -> str:
+        command = ["runc", "--root", str(room.run / "runc"), *arguments]
+        done = await trio.run_process(
+            command, capture_stdout=True, capture_stderr=True, check=False
+        )
+        return (done.stdout + done.stderr).decode()
+
+    container = await room.make("c", "sleep", "100")
+    await container.start()
+    assert '"status": "running"' in await runc("state", container.uid)
+    await container.pause()
+    await container.resume()
+    assert '"status": "running"' in await runc("state", container.uid)
+    await container.kill()
+    await container.rootfs()  # waits until all is cleared away
+    assert "does not exist" in await runc("state", container.uid)
 
 
 async def run_with_crun(directory: Path) -> None:
