@@ -47,6 +47,9 @@ MAX_REQUESTS = 10_000
 
 NAME_MAX = 255
 
+# To look for what is not there, or not any more, is no failure to keep for anybody.
+QUIET = frozenset({"lookup", "stat", "list", "readlink"})
+
 
 @dataclass(slots=True)
 class _Open:
@@ -65,6 +68,7 @@ class _Listing:
     """An open directory: its node, and its entries as they were at the first read."""
 
     node: Directory
+    caller: Caller
     names: list[str] = field(default_factory=list)
 
 
@@ -132,6 +136,8 @@ class _Attempt:
                 "%s of /%s failed unexpectedly", self._operation, self._node.path, exc_info=error
             )
             code, sentence = errno.EIO, "internal error; the daemon's log has the details"
+        if self._operation in QUIET and code in (errno.ENOENT, errno.ESTALE):
+            return code
         path = f"{self._node.path}/{self._name}".strip("/")
         self._failures.add(path, self._operation, self._caller, code, sentence, self._data)
         self._node.failed(sentence)
@@ -178,7 +184,7 @@ class Adapter(pyfuse3.Operations):
         name: str = "",
         data: bytes = b"",
     ) -> "_Attempt":
-        caller = ctx if isinstance(ctx, Caller) else Caller(ctx.pid, ctx.uid, ctx.gid)
+        caller = ctx if isinstance(ctx, Caller) else _caller(ctx)
         return _Attempt(self._failures, self.interrupts, operation, node, caller, name, data)
 
     # --- names and attributes ------------------------------------------------------
@@ -238,8 +244,6 @@ class Adapter(pyfuse3.Operations):
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         """stat(2)."""
         node = self._node(inode)
-        if node.attr_timeout:
-            return await self._attributes(node, inode)
         async with self._attempt("stat", node, ctx):
             await self._enter(node)
             return await self._attributes(node, inode)
@@ -318,31 +322,36 @@ class Adapter(pyfuse3.Operations):
         async with self._attempt("list", node, ctx):
             await self._enter(node)
             number = self._new_handle()
-            self._listings[number] = _Listing(node)
+            self._listings[number] = _Listing(node, _caller(ctx))
             return FileHandleT(number)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         """Entries from ``start_id`` on, each with its attributes (READDIRPLUS)."""
         listing = self._listings[fh]
-        if start_id == 0:
-            listing.names = listing.node.listing()
-        for position in range(start_id, len(listing.names)):
-            name = listing.names[position]
+        async with self._attempt("list", listing.node, listing.caller):
+            if start_id == 0:
+                listing.names = listing.node.listing()
+            for position in range(start_id, len(listing.names)):
+                if not await self._reply_entry(listing, position, token):
+                    return
+
+    async def _reply_entry(self, listing: _Listing, position: int, token: ReaddirToken) -> bool:
+        """Add one entry to a reply; False when it is full."""
+        name = listing.names[position]
+        try:
             child = listing.node.lookup(name)
             if child is None:
-                continue  # it went away since the listing began
-            try:
-                number = self.inodes.number_for_listing(child)
-                entry = await self._attributes(child, number)
-            except CtrfsError:
-                continue  # as above: its subject is gone
-            number = self.inodes.number_for_listing(child)
-            entry.st_ino = InodeT(number)
-            if not pyfuse3.readdir_reply(
-                token, FileNameT(name.encode("utf-8", "surrogateescape")), entry, position + 1
-            ):
-                return
-            self.inodes.add(child, number)
+                return True  # it went away since the listing began
+            entry = await self._attributes(child, 0)
+        except CtrfsError:
+            return True  # as above: its subject is gone
+        number = self.inodes.number_for_listing(child)
+        entry.st_ino = InodeT(number)
+        encoded = FileNameT(name.encode("utf-8", "surrogateescape"))
+        if not pyfuse3.readdir_reply(token, encoded, entry, position + 1):
+            return False
+        self.inodes.add(child, number)
+        return True
 
     async def releasedir(self, fh: FileHandleT) -> None:
         """The listing is done."""
@@ -463,7 +472,7 @@ class Adapter(pyfuse3.Operations):
                 raise CtrfsError("this file cannot be read", errno=errno.EACCES)
             handle = await node.open(flags)
             number = self._new_handle()
-            self._open[number] = _Open(node, handle, Caller(ctx.pid, ctx.uid, ctx.gid))
+            self._open[number] = _Open(node, handle, _caller(ctx))
             return FileInfo(
                 fh=FileHandleT(number), direct_io=handle.direct_io, keep_cache=handle.keep_cache
             )
@@ -499,7 +508,11 @@ class Adapter(pyfuse3.Operations):
         opened.closed = True
         if opened.poller:
             opened.poller.cancel()
-        await opened.handle.release()
+        try:
+            await opened.handle.release()
+        except Exception:
+            # Nobody waits for the result, and it must not end the mount.
+            log.exception("closing /%s failed", opened.node.path)
 
     # --- poll ----------------------------------------------------------------------
 
@@ -512,23 +525,30 @@ class Adapter(pyfuse3.Operations):
     ) -> int:
         """poll(2): what holds now, and a promise to tell when that changes."""
         opened = self._open[fh]
-        if poll_handle is not None:
-            opened.poll_wanted = poll_handle
-            if opened.poller is None:
-                opened.poller = trio.CancelScope()
-                self._nursery.start_soon(self._notify, opened, opened.poller)
-        return opened.handle.poll()
+        async with self._attempt("poll", opened.node, ctx):
+            if poll_handle is not None:
+                opened.poll_wanted = poll_handle
+                if opened.poller is None:
+                    opened.poller = trio.CancelScope()
+                    self._nursery.start_soon(self._notify, opened, opened.poller)
+            return opened.handle.poll()
 
     async def _notify(self, opened: _Open, scope: trio.CancelScope) -> None:
         with scope:
             try:
                 await opened.handle.ready()
             except CtrfsError:
-                log.debug("the subject of a polled file has gone", exc_info=True)
+                pass  # its subject has gone, which a read will tell
+            except Exception:
+                log.exception("waiting for /%s failed", opened.node.path)
         opened.poller = None
         if not opened.closed and opened.poll_wanted is not None:
             opened.poll_wanted.notify()
             opened.poll_wanted = None
+
+
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.pid, ctx.uid, ctx.gid)
 
 
 def _text(name: bytes) -> str:
