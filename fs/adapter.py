@@ -253,7 +253,9 @@ class Adapter(pyfuse3.Operations):
         for key in directory.declared_keys():
             number = self.inodes.known(key)
             if number is not None:
-                pyfuse3.invalidate_inode(InodeT(number), attr_only=True)
+                # The kernel may have dropped the inode, and say so (FORGET) only after this.
+                with suppress(FileNotFoundError):
+                    pyfuse3.invalidate_inode(InodeT(number), attr_only=True)
 
     async def _enter(self, node: Node) -> None:
         """Mount what belongs at an automount and send the caller around again.
