@@ -23,12 +23,12 @@ from store.index import Entry
 from store.tar_header import (
     BLOCK,
     REBUILD,
+    SPECIAL_MAX,
     Header,
     apply_pax,
     block_sum,
     check_numbers,
     check_segments,
-    decimal,
     device,
     hard_link,
     number,
@@ -38,10 +38,7 @@ from store.tar_header import (
     symlink,
 )
 from store.tar_names import clean_path, shown
-
-# Bodies of pax headers, GNU long names and sparse maps are held in memory; Go's
-# archive/tar refuses them above the same size.
-SPECIAL_MAX = 1 << 20
+from store.tar_sparse import SparseMap
 
 _SPARSE = struct.Struct("12s12s")
 
@@ -247,7 +244,7 @@ class TarParser:
         if self._long_link is not None:
             header.link, self._long_link = self._long_link, None
         if map_follows:
-            self._map = b""
+            self._map = SparseMap(header.name)
             self._gather(BLOCK, self._more_map)
             return None
         if header.kind == b"S":
@@ -283,19 +280,14 @@ class TarParser:
     def _more_map(self, block: bytes) -> Entry | None:
         """GNU format 1.0: decimal lines before the content, padded to a block."""
         header = self._header
-        self._map += block
         header.stored -= BLOCK
-        count, newline, rest = self._map.partition(b"\n")
         try:
-            wanted = 2 * decimal(count) if newline else 1
-            numbers = rest.split(b"\n", wanted)
-            if newline and len(numbers) > wanted:
-                values = [decimal(number) for number in numbers[:wanted]]
-                header.segments = list(zip(values[::2], values[1::2], strict=True))
-                return self._finished(header)
+            header.segments = self._map.take(block)
         except ValueError:
             raise senseless(header.name, "sparse map") from None
-        if len(self._map) > SPECIAL_MAX or header.stored < BLOCK:
+        if header.segments is not None:
+            return self._finished(header)
+        if header.stored < BLOCK:
             raise senseless(header.name, "sparse map")
         self._gather(BLOCK, self._more_map)
         return None

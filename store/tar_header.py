@@ -9,6 +9,15 @@ from store.tar_names import NAME_MAX, PATH_MAX, clean_path, shown
 
 BLOCK = 512
 
+# Bodies of pax headers, GNU long names and sparse maps are held in memory; Go's
+# archive/tar refuses them above the same size.
+SPECIAL_MAX = 1 << 20
+
+# Pieces of one sparse file; each takes 130 bytes of memory and two system calls. Segments of
+# whole 4096-byte blocks, with holes between them, need 12 bytes of a map or more, so that
+# maps which fit into SPECIAL_MAX have fewer.
+SEGMENTS_MAX = 100_000
+
 # What to do about most broken archives.
 REBUILD = "the image has to be built or pushed again"
 
@@ -301,7 +310,16 @@ def _check_xattrs(xattrs: dict[bytes, bytes], path: bytes) -> None:
             )
 
 
+def check_count(count: int, path: bytes) -> None:
+    if count > SEGMENTS_MAX:
+        raise LimitExceeded(
+            f"{shown(path)} in the layer is a sparse file in {count} pieces; at most "
+            f"{SEGMENTS_MAX} are supported, store it without holes"
+        )
+
+
 def check_segments(header: Header, path: bytes) -> None:
+    check_count(len(header.segments or ()), path)
     end = stored = 0
     for offset, length in header.segments or ():
         if offset < end or length < 0 or offset + length > header.size:

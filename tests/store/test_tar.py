@@ -2,6 +2,7 @@
 
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -403,6 +404,49 @@ def test_senseless_maps_before_the_content_are_refused(body: bytes) -> None:
         (b"GNU.sparse.realsize", b"100"),
     ]
     assert "'/s'" in refusal(archive(pax(records), entry(b"f", data=body.ljust(512, b"\0"))))
+
+
+def with_map(numbers: list[int], data: bytes, size: int) -> bytes:
+    """A sparse file in format 1.0: the count, the map, the stored bytes."""
+    records = [(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (b"GNU.sparse.name", b"s")]
+    records.append((b"GNU.sparse.realsize", b"%d" % size))
+    lines = b"".join(b"%d\n" % number for number in [len(numbers) // 2, *numbers])
+    return archive(pax(records), entry(b"f", data=padded(lines) + data))
+
+
+@pytest.mark.parametrize("count", [0, 1, 60, 400])
+def test_maps_over_any_number_of_blocks(count: int) -> None:
+    numbers = [part for n in range(count) for part in (n * 1000 + 7, 2)]
+    wanted = bytearray(500_000)
+    for n in range(count):
+        wanted[n * 1000 + 7 : n * 1000 + 9] = b"%02d" % (n % 100)
+    data = b"".join(b"%02d" % (n % 100) for n in range(count))
+    for piece in PIECES:
+        assert contents(with_map(numbers, data, 500_000), piece) == {b"s": bytes(wanted)}
+
+
+def test_a_long_map_takes_no_long_time() -> None:
+    count = 80_000
+    data = with_map([part for n in range(count) for part in (n * 9000, 0)], b"", count * 9000)
+    begin = time.process_time()
+    assert len(parse(data)[0]) == 1
+    assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize("version", ["0.1", "1.0"])
+def test_sparse_files_in_too_many_pieces_are_refused(version: str) -> None:
+    count = 100_001
+    if version == "1.0":
+        data = with_map([0, 0] * count, b"", 100)
+    else:
+        data = archive(pax([(b"GNU.sparse.map", b",".join([b"0"] * 2 * count))]), entry(b"f"))
+    assert "pieces" in refusal(data)
+
+
+def test_a_map_that_does_not_end_is_refused() -> None:
+    records = [(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")]
+    for body in (b"1" * 4096, b"50000\n" + b"1\n" * 50000, b"90000\n" + b"0" * 19 + b"\n" * 1000):
+        assert "sparse map" in refusal(archive(pax(records), entry(b"f", data=padded(body))))
 
 
 @pytest.fixture(scope="module")
