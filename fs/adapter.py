@@ -140,7 +140,9 @@ class _Attempt:
         if self._operation in QUIET and code in (errno.ENOENT, errno.ESTALE):
             return code
         path = f"{self._node.path}/{self._name}".strip("/")
-        self._failures.add(path, self._operation, self._caller, code, sentence, self._data)
+        # What only root may read is not shown to others by way of an error.
+        shown = self._data if self._node.mode & 0o004 else b""
+        self._failures.add(path, self._operation, self._caller, code, sentence, shown)
         self._node.failed(sentence)
         return code
 
@@ -202,8 +204,12 @@ class Adapter(pyfuse3.Operations):
             raise FUSEError(errno.ENOTDIR)
         return node
 
-    async def _attributes(self, node: Node, number: int) -> EntryAttributes:
-        size = await node.slow_size()
+    async def _attributes(
+        self, node: Node, number: int, *, listing: bool = False
+    ) -> EntryAttributes:
+        """What stat(2) shows; in a listing without sizes that take work to know, because the
+        kernel will ask again for those (their timeout is 0)."""
+        size = None if listing else await node.slow_size()
         entry = EntryAttributes()
         entry.st_ino = InodeT(number)
         entry.st_mode = ModeT(node.file_type | node.mode)
@@ -345,7 +351,7 @@ class Adapter(pyfuse3.Operations):
             child = listing.node.lookup(name)
             if child is None:
                 return True  # it went away since the listing began
-            entry = await self._attributes(child, 0)
+            entry = await self._attributes(child, 0, listing=True)
         except CtrfsError:
             return True  # as above: its subject is gone
         number = self.inodes.number_for_listing(child)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -45,7 +46,7 @@ class Automounts:
 
     def __init__(self, mountpoint: str) -> None:
         self._mountpoint = mountpoint.rstrip("/")
-        self._locks: dict[Hashable, trio.Lock] = {}
+        self._locks: WeakValueDictionary[Hashable, trio.Lock] = WeakValueDictionary()
         self._mounted: dict[Hashable, _Mounted] = {}
 
     async def mount(self, node: Mountpoint) -> None:
@@ -54,9 +55,8 @@ class Automounts:
         Raises:
             CtrfsError: it cannot be mounted.
         """
-        lock = self._locks.setdefault(node.key, trio.Lock())
         target = f"{self._mountpoint}/{node.path}"
-        async with lock:
+        async with self._lock(node.key):
             if not await trio.to_thread.run_sync(linux.is_mountpoint, target):
                 content_id = node.content_id()
                 await node.mount_at(target)
@@ -65,13 +65,14 @@ class Automounts:
     async def unmount_below(self, path: str) -> bool:
         """Unmount all at and below a path of the tree; False if some of it is in use."""
         for key, target in self._below(path):
-            try:
-                await trio.to_thread.run_sync(linux.umount, target)
-            except OSError as error:
-                if await trio.to_thread.run_sync(linux.is_mountpoint, target):
-                    log.debug("%s stays mounted: %s", target, error)
-                    return False
-            self._drop(key)
+            async with self._lock(key):
+                try:
+                    await trio.to_thread.run_sync(linux.umount, target)
+                except OSError as error:
+                    if await trio.to_thread.run_sync(linux.is_mountpoint, target):
+                        log.debug("%s stays mounted: %s", target, error)
+                        return False
+                self._mounted.pop(key, None)
         return True
 
     async def refresh_below(self, path: str) -> None:
@@ -80,11 +81,13 @@ class Automounts:
         Those who have files of it open keep them as they are.
         """
         for key, target in self._below(path):
-            if not self._mounted[key].is_current():
-                flags = linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW
-                with suppress(OSError):  # it has just expired
-                    await trio.to_thread.run_sync(linux.umount, target, flags)
-                self._drop(key)
+            async with self._lock(key):
+                mounted = self._mounted.get(key)
+                if mounted is not None and not mounted.is_current():
+                    flags = linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW
+                    with suppress(OSError):  # somebody has unmounted it by hand
+                        await trio.to_thread.run_sync(linux.umount, target, flags)
+                    del self._mounted[key]
 
     def _below(self, path: str) -> list[tuple[Hashable, str]]:
         prefix = f"{self._mountpoint}/{path}".rstrip("/")
@@ -99,9 +102,10 @@ class Automounts:
         while True:
             await trio.sleep(EXPIRE_SECONDS)
             for key, target in self._below(""):
-                if await trio.to_thread.run_sync(linux.expire_mount, target):
-                    self._drop(key)
+                async with self._lock(key):
+                    if await trio.to_thread.run_sync(linux.expire_mount, target):
+                        self._mounted.pop(key, None)
 
-    def _drop(self, key: Hashable) -> None:
-        self._mounted.pop(key, None)
-        self._locks.pop(key, None)
+    def _lock(self, key: Hashable) -> trio.Lock:
+        """One for each node, as long as somebody uses it."""
+        return self._locks.setdefault(key, trio.Lock())

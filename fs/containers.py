@@ -1,6 +1,7 @@
 """containers/: one directory per container; mkdir creates it, rmdir destroys it."""
 
 import errno
+import logging
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -30,6 +31,8 @@ from runtime.containers import Container
 from runtime.settings import SETTINGS, Setting
 from runtime.signals import parse_signal
 from store.events import rfc3339
+
+log = logging.getLogger(__name__)
 
 # Environment, configuration and output may hold secrets: root alone reads them, as it
 # alone reads /proc/PID/environ of a process of root.
@@ -190,6 +193,7 @@ class Error(_ContainerFile):
     """The last command on this container that failed, and why; empty after a successful start."""
 
     name = "error"
+    mode = 0o400
 
     def read(self) -> str:
         """A sentence or nothing."""
@@ -317,13 +321,10 @@ class Log(_LogFile):
 
 
 class LogJson(_LogFile):
-    """The same as JSON Lines: `time`, `stream` (stdout or stderr), `text`."""
+    """The same as JSON Lines: `time`, `stream` (stdout or stderr), `text`. Its size is not known
+    before it is read."""
 
     name = "log.json"
-
-    async def slow_size(self) -> int:
-        """Bytes of JSON so far."""
-        return await trio.to_thread.run_sync(self.parent.container.log.json_size)
 
     async def read_at(self, offset: int, length: int) -> bytes:
         """JSON from an offset."""
@@ -509,6 +510,9 @@ class ContainersDirectory(Directory):
                     event = msgspec.json.decode(line, type=_Event)
                     if event.event.startswith("container.") and event.id in context.containers:
                         changed(ContainerDirectory(self, context.containers.get(event.id)))
+        except Exception:
+            # The kernel's attributes then live until their timeout, no longer.
+            log.exception("following the containers failed")
         finally:
             source.close()
 

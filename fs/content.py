@@ -63,7 +63,8 @@ class Sha256(Directory):
 
 class Content(Directory):
     """The content-addressable store: manifests, configurations and layers as the registry
-    has them. Only root can look in, because images may hold secrets."""
+    has them. Only root can look in, because they hold all files of images, also those that
+    the images themselves keep from others."""
 
     name = "content"
     mode = 0o700

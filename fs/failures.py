@@ -38,16 +38,21 @@ class Failures:
         self.changed_ns = time.time_ns()
         what = f" {_shown(data)}" if data else ""
         name = errno.errorcode.get(code, str(code))
-        sentence = " ".join(sentence.split())
-        self._lines.append(
+        line = (
             f"{rfc3339(self.changed_ns)} {name} /{path}: {operation}{what}"
-            f" by pid {caller.pid} uid {caller.uid}: {sentence}"
+            f" by pid {caller.pid} uid {caller.uid}: {' '.join(sentence.split())}"
         )
+        self._lines.append(_printable(line))
         log.info("%s", self._lines[-1])
 
     def text(self) -> str:
         """One failure a line, newest last."""
         return "\n".join(self._lines)
+
+
+def _printable(line: str) -> str:
+    """One line of text, whatever bytes a name in it is made of."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def _shown(data: bytes) -> str:

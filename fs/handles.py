@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # Linux itself takes at most 6 MiB of arguments and environment in one execve(2).
 MAX_TEXT = 8 << 20
 
+# Programs write through buffers of 4, 8, 64 or 128 KiB, and so does the kernel.
+FULL_BUFFER = 4096
+
 READABLE = select.POLLIN | select.POLLRDNORM
 WRITABLE = select.POLLOUT | select.POLLWRNORM
 
@@ -108,6 +111,9 @@ class SettingHandle(TextHandle):
     Each write makes what was written so far the content before it returns. With
     O_APPEND each write is added to what is there. A file opened with O_TRUNC and
     closed without a write is emptied; with a write, it never is in between.
+
+    A long list arrives in pieces that end anywhere. When a piece is as long as a full
+    buffer, what comes after its last newline waits for the next piece, or for close.
     """
 
     def __init__(self, node: "SettingFile", flags: int) -> None:
@@ -116,27 +122,42 @@ class SettingHandle(TextHandle):
         self._append = bool(flags & os.O_APPEND)
         self._emptied = bool(flags & os.O_TRUNC)
         self._written = b""
+        self._tail = b""
 
     async def write(self, offset: int, data: bytes, caller: "Caller") -> int:
         """Set or add to the content."""
         self._emptied = False
-        if self._append:
-            await self._node.append(decode(data))
-        else:
-            if offset not in (0, len(self._written)):
-                raise HandleError("write from the start of the file, or append to it")
-            text = self._written[:offset] + data
-            if len(text) > MAX_TEXT:
-                raise HandleError(f"more than {MAX_TEXT} bytes", errno=errno.EFBIG)
-            await self._node.replace(decode(text))
-            self._written = text
+        text = self._tail + data if self._append else self._placed(offset, data)
+        lines, newline, tail = text.rpartition(b"\n")
+        if len(data) % FULL_BUFFER or not newline:
+            lines, newline, tail = text, b"", b""
+        await self._apply(lines + newline)
+        self._tail = tail
+        self._written = text
         return len(data)
 
+    def _placed(self, offset: int, data: bytes) -> bytes:
+        if offset not in (0, len(self._written)):
+            raise HandleError("write from the start of the file, or append to it")
+        text = self._written[:offset] + data
+        if len(text) > MAX_TEXT:
+            raise HandleError(f"more than {MAX_TEXT} bytes", errno=errno.EFBIG)
+        return text
+
+    async def _apply(self, text: bytes) -> None:
+        if self._append:
+            await self._node.append(decode(text))
+        else:
+            await self._node.replace(decode(text))
+
     async def flush(self) -> None:
-        """Carry out `: > file`."""
+        """Carry out `: > file`, and take a last line without a newline."""
         if self._emptied:
             self._emptied = False
             await self._node.truncate()
+        elif self._tail:
+            await self._apply(self._tail if self._append else self._written)
+            self._tail = b""
 
 
 class DocumentHandle(TextHandle):

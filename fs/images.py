@@ -354,7 +354,7 @@ class _LayerValue(TextFile):
 
     @property
     def descriptor(self) -> Descriptor:
-        return self.parent.image.layers[self.parent.number]
+        return self.parent.descriptor
 
 
 class LayerDigest(_LayerValue):
@@ -374,6 +374,7 @@ class DiffId(_LayerValue):
 
     def read(self) -> str:
         """sha256:…"""
+        self.parent.check()
         return self.parent.image.diff_ids[self.parent.number]
 
 
@@ -433,7 +434,7 @@ class LayerData(Link):
 
     async def target(self) -> str:
         """Relative, so that it holds wherever the tree is mounted."""
-        digest = self.parent.image.layers[self.parent.number].digest
+        digest = self.parent.descriptor.digest
         return _up(self.parent.path) + "content/" + digest.replace(":", "/")
 
 
@@ -450,6 +451,7 @@ class LayerRootfs(_RootfsView):
 
     def layers(self) -> tuple[LayerImage, ...]:
         """Just the one."""
+        self.parent.check()
         return (self.parent.context.store.rootfs_layers(self.parent.image)[self.parent.number],)
 
 
@@ -473,6 +475,21 @@ class LayerDirectory(Directory):
     def context(self) -> Context:
         """What the daemon knows."""
         return self.parent.parent.context
+
+    def check(self) -> None:
+        """Make sure that the image, which may be another one by now, has this layer.
+
+        Raises:
+            ImageNotFound: it has fewer layers.
+        """
+        if self.number >= len(self.image.layers):
+            raise ImageNotFound(f"the image has no layer {self.number} any more")
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """What the manifest says of the layer. Raises ImageNotFound."""
+        self.check()
+        return self.image.layers[self.number]
 
 
 class Layers(Directory):

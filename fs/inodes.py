@@ -43,11 +43,11 @@ class Inodes:
         """Count one lookup of the node and give its number."""
         if number is None:
             number = self.number_for_listing(node)
-        if number not in self._nodes:
-            self._nodes[number] = node
-            self._numbers[node.key] = number
-            self._lookups[number] = 0
-        self._lookups[number] += 1
+        # The newest node: an equal key says that it is the same object, not that what it
+        # was made from has stayed the same.
+        self._nodes[number] = node
+        self._numbers[node.key] = number
+        self._lookups[number] = self._lookups.get(number, 0) + 1
         return number
 
     def forget(self, number: int, count: int) -> None:

@@ -8,6 +8,8 @@ request is cancelled and answered with EINTR (kernel: Documentation/filesystems/
 """
 
 import glob
+import logging
+import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -17,9 +19,23 @@ import trio
 from fs.inodes import Inodes
 from fs.nodes import Node
 
+log = logging.getLogger(__name__)
+
 # A person does not notice 0.1 s, and 500 waiting processes cost 500 reads of 30 µs in
 # a thread for each look: 15 % of a core, only while that many wait.
 LOOK_SECONDS = 0.1
+
+
+# Signals that are ignored unless a program asks for them (signal(7)), and whose handlers
+# ask for system calls to go on: the shell that ran `sleep 1 &` and now waits in
+# `echo stop > state` is not to be interrupted by SIGCHLD.
+_HARMLESS = sum(
+    1 << (number - 1) for number in (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH)
+)
+
+
+# A thread of its own: it must look also when all others hang on a dead disk.
+_THREAD = trio.CapacityLimiter(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +82,18 @@ class Interrupts:
             # are nearly all, then cost nothing here.
             old = [(scope, w) for scope, w in before.items() if scope in self._waiting]
             if old:
-                for scope in await trio.to_thread.run_sync(self._interrupted, old):
+                for scope in await self._look(old):
                     scope.cancel()
             before = dict(self._waiting)
+
+    async def _look(
+        self, waiting: list[tuple[trio.CancelScope, _Waiter]]
+    ) -> list[trio.CancelScope]:
+        try:
+            return await trio.to_thread.run_sync(self._interrupted, waiting, limiter=_THREAD)
+        except Exception:
+            log.exception("looking at processes that wait failed")
+            return []
 
     def _interrupted(
         self, waiting: list[tuple[trio.CancelScope, _Waiter]]
@@ -110,11 +135,11 @@ def waits_for_fuse(task: int) -> bool | None:
     visible from this pid namespace).
     """
     try:
-        with open(f"/proc/{task}/wchan") as file:
+        with open(f"/proc/{task}/wchan", "rb") as file:
             where = file.read()
     except OSError:
         return False if task else None
-    return None if where == "0" and not _tells_wchan() else where == "request_wait_answer"
+    return None if where == b"0" and not _tells_wchan() else where == b"request_wait_answer"
 
 
 @cache
@@ -128,14 +153,20 @@ def _tells_wchan() -> bool:
 
 
 def must_stop(pid: int) -> bool:
-    """Whether a signal that is neither blocked nor ignored is pending, or the task is gone."""
-    masks = {"SigPnd": 0, "ShdPnd": 0, "SigBlk": 0, "SigIgn": 0}
+    """Whether a signal that would end or interrupt the task is pending, or the task is gone.
+
+    The name in the status is the task's own choice and any bytes, so nothing is decoded.
+    """
+    if pid == 0:
+        return False  # a caller in a pid namespace that is not visible from here
+    masks = {b"SigPnd": 0, b"ShdPnd": 0, b"SigBlk": 0, b"SigIgn": 0}
     try:
-        with open(f"/proc/{pid}/status") as file:
+        with open(f"/proc/{pid}/status", "rb") as file:
             for line in file:
-                key, _, value = line.partition(":")
+                key, _, value = line.partition(b":")
                 if key in masks:
                     masks[key] = int(value, 16)
     except OSError:
         return True
-    return bool((masks["SigPnd"] | masks["ShdPnd"]) & ~masks["SigBlk"] & ~masks["SigIgn"])
+    pending = masks[b"SigPnd"] | masks[b"ShdPnd"]
+    return bool(pending & ~masks[b"SigBlk"] & ~masks[b"SigIgn"] & ~_HARMLESS)

@@ -69,7 +69,7 @@ class Node:
 
     def identity(self) -> Hashable:
         """What makes this node the same object after another lookup."""
-        return (self.parent.key if self.parent else None, self.name)
+        return (self.parent.key if self.parent else None, self.name, self.file_type)
 
     @property
     def path(self) -> str:
@@ -146,7 +146,7 @@ class Directory(Node):
 
     def declared_keys(self) -> Iterable[Hashable]:
         """Keys of the files declared for this directory."""
-        return ((self.key, name) for name in self._declared())
+        return ((self.key, name, node.file_type) for name, node in self._declared().items())
 
     def listing(self) -> list[str]:
         """Names of all entries, declared ones first."""

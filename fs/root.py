@@ -59,9 +59,11 @@ class ConfigJson(RootFile, BytesFile):
 class Errors(RootFile):
     """The last 1000 operations that failed, one a line, newest last: time, errno, file,
     what was tried or written, process and user, and a sentence on what is wrong and what
-    to do. `tail -1 errors` explains the failure that you just saw."""
+    to do. `tail -1 errors` explains the failure that you just saw. For root, because a
+    sentence may quote what only root may read."""
 
     name = "errors"
+    mode = 0o400
 
     def read(self) -> str:
         """The failures."""

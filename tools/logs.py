@@ -57,6 +57,7 @@ def of_daemon(root: Path, level: str) -> str | None:
         return None
     path = str(root / "ctrfs.log")
     with storage(f"opening {path}"):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         file = logging.handlers.WatchedFileHandler(path)
     file.setFormatter(_timed())
     _use(file, level)

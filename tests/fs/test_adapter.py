@@ -96,6 +96,30 @@ def test_truncate_empties(toy: Path) -> None:
     assert (toy / "list").read_text() == ""
 
 
+def test_a_long_list_arrives_in_pieces(toy: Path) -> None:
+    """And the pieces end anywhere, in the middle of a character too."""
+    lines = "".join(f"line {number:05} \u00e4\n" for number in range(2000))
+    for flags in (os.O_WRONLY | os.O_TRUNC, os.O_WRONLY | os.O_APPEND):
+        (toy / "list").write_text("")
+        descriptor = os.open(toy / "list", flags)
+        data = lines.encode()
+        for start in range(0, len(data), 4096):
+            os.write(descriptor, data[start : start + 4096])
+        os.close(descriptor)
+        assert (toy / "list").read_text() == lines
+
+
+def test_a_last_line_without_a_newline_is_taken_on_close(toy: Path) -> None:
+    descriptor = os.open(toy / "list", os.O_WRONLY | os.O_TRUNC)
+    text = b"x" * 2000 + b"\n" + b"\xc3\xa4" * 1047 + b"\xc3"
+    assert len(text) == 4096
+    os.write(descriptor, text)
+    assert (toy / "list").read_bytes() == b"x" * 2000 + b"\n"
+    os.write(descriptor, b"\xa4")
+    os.close(descriptor)
+    assert (toy / "list").read_bytes() == text + b"\xa4\n"
+
+
 def test_a_hole_is_refused(toy: Path) -> None:
     descriptor = os.open(toy / "list", os.O_WRONLY)
     with raises(errno.EINVAL):
@@ -120,6 +144,19 @@ def test_a_failed_write_changes_nothing_and_is_explained(toy: Path) -> None:
     line = last_error(toy)
     assert " EINVAL /list: write 'bad' by pid " in line
     assert line.endswith(f"pid {os.getpid()} uid 0: bad is not good")
+
+
+def test_a_failure_shows_nothing_that_only_root_may_read(toy: Path) -> None:
+    with raises(errno.EINVAL):
+        (toy / "private").write_text("hunter2\n")
+    assert "hunter2" not in last_error(toy)
+    assert last_error(toy).endswith("uid 0: no")
+
+
+def test_a_name_in_an_error_is_one_line(toy: Path) -> None:
+    with raises(errno.EINVAL):
+        os.mkdir(bytes(toy) + b"/objects/-a\nb\xff")
+    assert "/objects/-a\\nb\\udcff: mkdir" in last_error(toy)
 
 
 def test_binary_rubbish_is_refused(toy: Path) -> None:
@@ -333,6 +370,31 @@ def test_an_ignored_signal_interrupts_nothing(toy: Path) -> None:
     assert process.poll() is None
     process.kill()
     process.wait(2)
+
+
+def test_harmless_signals_interrupt_nothing(toy: Path) -> None:
+    """A background job that ends while its shell waits in a write."""
+    script = f"sleep 0.3 & echo sleep > {toy}/command"
+    process = subprocess.Popen(["bash", "-c", script], stderr=subprocess.DEVNULL)
+    wait_for_fuse(process.pid)
+    time.sleep(0.8)
+    assert process.poll() is None
+    process.kill()
+    assert process.wait(2) == -signal.SIGKILL
+
+
+def test_a_process_with_a_name_that_is_no_text(toy: Path) -> None:
+    """Any user can have one, and wait under it."""
+    script = (
+        "import ctypes, sys; ctypes.CDLL(None).prctl(15, b'\\xff\\xfe', 0, 0, 0);"
+        f"open({str(toy / 'stream')!r}).read()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    wait_for_fuse(process.pid)
+    time.sleep(0.4)
+    assert (toy / "value").read_text() == "forty-two\n"
+    process.kill()
+    assert process.wait(2) == -signal.SIGKILL
 
 
 def test_nonblocking_read_does_not_wait(toy: Path) -> None:

@@ -60,6 +60,20 @@ class List(SettingFile):
         STATE["list"] = text
 
 
+class Private(SettingFile):
+    """For root."""
+
+    name = "private"
+    mode = 0o600
+
+    def read(self) -> str:
+        return ""
+
+    async def replace(self, text: str) -> None:
+        if text:
+            refuse("no", errno.EINVAL)
+
+
 class Command(CommandFile):
     """A command."""
 
@@ -208,7 +222,7 @@ class Objects(Directory):
         return list(OBJECTS)
 
     async def mkdir(self, name: str) -> None:
-        if len(name.encode()) > 255 or name.startswith("-"):
+        if name.startswith("-"):
             refuse("a name does not begin with -", errno.EINVAL)
         Objects.serial += 1
         OBJECTS[name] = str(Objects.serial)
@@ -235,7 +249,7 @@ class Toy(Directory):
 
     name = ""
     files = (
-        *(Value, List, Command, Document, Stream, Slow, Log),
+        *(Value, List, Private, Command, Document, Stream, Slow, Log),
         *(Host, Passwd, Etc, Secret, Errors, Objects),
     )
 
