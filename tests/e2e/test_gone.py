@@ -1,0 +1,79 @@
+"""Holding on to parts of the tree whose subject goes away must harm nobody else."""
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.layouts import OciLayout, tar_of
+from tests.support.mount import Mount
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> OciLayout:
+    """Images `one` and `two` with that many layers."""
+    layout = OciLayout(tmp_path / "oci")
+    lower, upper = tar_of({"etc/": b"", "etc/a": b"a"}), tar_of({"etc/": b"", "etc/b": b"b"})
+    layout.tag("one", layout.image(lower))
+    layout.tag("two", layout.image(lower, upper))
+    return layout
+
+
+def stat_anew(descriptor: int) -> "subprocess.CompletedProcess[str]":
+    """stat(2) of an open directory that the kernel may not answer from its cache."""
+    return subprocess.run(
+        ["stat", "--cached=never", f"/proc/self/fd/{descriptor}/."],
+        pass_fds=[descriptor],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_directories_of_a_removed_image(mount: Mount, layout: OciLayout) -> None:
+    mount.pull(f"oci:{layout.path}:two as=localhost/gone:1")
+    image = mount.path / "images/localhost/gone:1"
+    held = [os.open(path, os.O_RDONLY) for path in (image, image / "layers", image / "layers/1")]
+    image.rmdir()
+    for descriptor in held:
+        try:
+            os.listdir(descriptor)
+        except OSError as error:
+            assert error.errno in (errno.ENOENT, errno.ESTALE)
+        assert "internal error" not in stat_anew(descriptor).stderr
+        os.close(descriptor)
+    assert mount.read("version")
+
+
+def test_a_layer_that_the_new_image_has_not(mount: Mount, layout: OciLayout) -> None:
+    mount.pull(f"oci:{layout.path}:two as=localhost/fewer:1")
+    layer = mount.path / "images/localhost/fewer:1/layers/1"
+    held = os.open(layer, os.O_RDONLY)
+    mount.pull(f"oci:{layout.path}:one as=localhost/fewer:1")
+    try:
+        names = os.listdir(held)
+        assert "digest" not in names or not (layer / "digest").exists()
+    except OSError as error:
+        assert error.errno in (errno.ENOENT, errno.ESTALE)
+    for name in ("digest", "diff_id", "data", "rootfs"):
+        with pytest.raises(FileNotFoundError):
+            os.stat(layer / name)
+    os.close(held)
+    (mount.path / "images/localhost/fewer:1").rmdir()
+    assert mount.read("version")
+
+
+def test_links_follow_their_image(mount: Mount, layout: OciLayout) -> None:
+    """Two names have one digest, and the one that the link led to goes."""
+    for name in ("a", "b"):
+        mount.pull(f"oci:{layout.path}:one as=localhost/{name}:1")
+    digest = mount.read("images/localhost/a:1/digest")
+    link = mount.path / "images/by-digest" / digest
+    held = os.open(link, os.O_PATH | os.O_NOFOLLOW)
+    first = (link / "digest").resolve().parent
+    first.rmdir()
+    assert mount.read(f"images/by-digest/{digest}/digest") == digest
+    os.close(held)
+    (link / "digest").resolve().parent.rmdir()
+    assert not link.exists()
