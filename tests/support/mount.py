@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from runtime import linux
@@ -127,13 +128,26 @@ class Mount:
         return self.read("errors").splitlines()[-1]
 
     def destroy(self) -> None:
-        """End everything, whatever state it is in, and leave no mount behind."""
-        if self._process is not None and self._process.poll() is None:
-            for name in self.containers():
-                self.remove(name)
-            self.stop()
+        """End everything, whatever state it is in, and leave nothing behind."""
+        try:
+            if self._process is not None:
+                for name in self.containers():
+                    self.remove(name)
+                self.stop()
+        finally:
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """What the daemon would have done, had it lived."""
+        if self._process is not None:
+            self.kill()
+        runtime = ["runc", "--root", str(self.run / "runc")]
+        if (self.run / "runc").exists():
+            for uid in os.listdir(self.run / "runc"):
+                subprocess.run([*runtime, "delete", "--force", uid], capture_output=True)
         for pid in self.monitors():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for mounted in reversed(linux.mounts()):
             if mounted.target.startswith((str(self.path), str(self.run), str(self.root))):
                 linux.umount(mounted.target, linux.MNT_DETACH)
