@@ -34,10 +34,6 @@ from store.events import rfc3339
 
 log = logging.getLogger(__name__)
 
-# Environment, configuration and output may hold secrets: root alone reads them, as it
-# alone reads /proc/PID/environ of a process of root.
-PRIVATE = 0o600
-
 
 class _ContainerFile(TextFile):
     """A file of one container."""
@@ -90,9 +86,12 @@ class _SettingFile(_ContainerFile, SettingFile):
 
 def _setting_file(setting: Setting) -> type[_SettingFile]:
     """The class of the file for one setting."""
-    attributes = {"name": setting.name, "__doc__": setting.help, "setting": setting}
-    if setting.private:
-        attributes["mode"] = PRIVATE
+    attributes = {
+        "name": setting.name,
+        "__doc__": setting.help,
+        "setting": setting,
+        "private": setting.private,
+    }
     return type(setting.name.title(), (_SettingFile,), attributes)
 
 
@@ -101,7 +100,7 @@ class Spec(_ContainerFile, DocumentFile):
     file is closed; if something in it is wrong, close fails and nothing changes."""
 
     name = "spec"
-    mode = PRIVATE
+    private = True
 
     def content(self) -> bytes:
         """The settings that were written."""
@@ -123,7 +122,7 @@ class ConfigJson(_ContainerFile, DocumentFile):
     closed."""
 
     name = "config.json"
-    mode = PRIVATE
+    private = True
 
     def content(self) -> bytes:
         """The document as runc gets it; nothing while the container has no image."""
@@ -193,7 +192,7 @@ class Error(_ContainerFile):
     """The last command on this container that failed, and why; empty after a successful start."""
 
     name = "error"
-    mode = 0o400
+    private = True
 
     def read(self) -> str:
         """A sentence or nothing."""
@@ -283,7 +282,6 @@ class Signal(_ContainerFile, CommandFile):
 
     name = "signal"
     readable = False
-    mode = 0o200
 
     def content(self) -> bytes:
         """Nothing to read."""
@@ -295,7 +293,7 @@ class Signal(_ContainerFile, CommandFile):
 
 
 class _LogFile(LogFile):
-    mode = 0o400
+    private = True
     parent: "ContainerDirectory"
 
     def mtime_ns(self) -> int:
@@ -338,7 +336,7 @@ class Stdin(SettingFile):
     the process. With `once` it gets end-of-file when the writer closes this file."""
 
     name = "stdin"
-    mode = PRIVATE
+    private = True
     parent: "ContainerDirectory"
 
     def read(self) -> str:
@@ -369,14 +367,15 @@ class Processes(_ContainerFile, SlowTextFile):
 
     async def slow_content(self) -> bytes:
         """A table, or nothing when it does not run."""
-        return (await self.container.processes()).encode("utf-8", "surrogateescape")
+        table = await self.container.processes()
+        return f"{table}\n".encode("utf-8", "surrogateescape") if table else b""
 
 
 class Changes(_ContainerFile, SlowTextFile):
     """What the container changed against its image, `A`, `C` or `D` and the path, a line each."""
 
     name = "changes"
-    mode = 0o400
+    private = True
 
     async def slow_content(self) -> bytes:
         """Sorted by path."""
@@ -385,10 +384,14 @@ class Changes(_ContainerFile, SlowTextFile):
 
 class ContainerRootfs(Link):
     """The container's live root filesystem. It is there before the first start too, so files
-    can be put into it."""
+    can be put into it; as long as no image is set, there is none."""
 
     name = "rootfs"
     parent: "ContainerDirectory"
+
+    def exists(self) -> bool:
+        """Whether there is an image to have files of."""
+        return bool(self.parent.container.effective_text("image"))
 
     async def target(self) -> str:
         """A directory below /run, mounted."""

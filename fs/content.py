@@ -14,8 +14,6 @@ from store.errors import InvalidReference
 class Blob(HostFile):
     """One blob. It is checked against its name before the first byte is given out."""
 
-    mode = 0o444
-
     def __init__(self, parent: "Sha256", digest: Digest) -> None:
         self._cas = parent.cas
         self._digest = digest

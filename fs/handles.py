@@ -196,6 +196,7 @@ class DocumentHandle(TextHandle):
         """Hand the draft over; the shell's `> file` closes twice, the second has nothing."""
         if self._dirty and self._draft is not None:
             self._dirty = False
+            decode(bytes(self._draft))
             await self._node.store(bytes(self._draft))
         elif self._emptied and self._draft is None:
             self._emptied = False

@@ -11,7 +11,7 @@ from fs.nodes import (
     Caller,
     CommandFile,
     Directory,
-    Link,
+    FixedLink,
     Mountpoint,
     Node,
     TextFile,
@@ -426,13 +426,13 @@ class Fetched(_LayerValue):
         )
 
 
-class LayerData(Link):
+class LayerData(FixedLink):
     """The layer's blob in content/."""
 
     name = "data"
     parent: "LayerDirectory"
 
-    async def target(self) -> str:
+    def where(self) -> str:
         """Relative, so that it holds wherever the tree is mounted."""
         digest = self.parent.descriptor.digest
         return _up(self.parent.path) + "content/" + digest.replace(":", "/")
@@ -566,7 +566,7 @@ class ImageDirectory(Directory):
         return self.image.pulled_ns
 
 
-class ShortName(Link):
+class ShortName(FixedLink):
     """A name that leads to the full one, as docker completes it."""
 
     def __init__(self, parent: "Namespace", name: str, full_name: str) -> None:
@@ -574,7 +574,7 @@ class ShortName(Link):
         self._full_name = full_name
         super().__init__(parent)
 
-    async def target(self) -> str:
+    def where(self) -> str:
         """Relative, up to images/ and down again."""
         assert isinstance(self.parent, Namespace)
         return "../" * self.parent.depth + self._full_name
@@ -647,7 +647,7 @@ class Namespace(Directory):
         await trio.to_thread.run_sync(self.context.store.images.remove, node.full_name)
 
 
-class DigestLink(Link):
+class DigestLink(FixedLink):
     """An image by its digest."""
 
     def __init__(self, parent: "ByDigest", digest: str, image: Image) -> None:
@@ -655,7 +655,7 @@ class DigestLink(Link):
         self._image = image
         super().__init__(parent)
 
-    async def target(self) -> str:
+    def where(self) -> str:
         """The image's directory."""
         return f"../{self._image.name}"
 

@@ -117,9 +117,21 @@ class Link(Node):
         """Where the link points. Raises CtrfsError when it can point nowhere."""
         raise NotImplementedError
 
+
+class FixedLink(Link):
+    """A symbolic link whose target is known without work, and so is its size."""
+
+    def where(self) -> str:
+        """Where it points. Raises CtrfsError when it can point nowhere."""
+        raise NotImplementedError
+
+    async def target(self) -> str:
+        """The same, for readlink(2)."""
+        return self.where()
+
     def size(self) -> int:
-        """Unknown until it is read, as in /proc."""
-        return 0
+        """Length of the target."""
+        return len(self.where().encode("utf-8", "surrogateescape"))
 
 
 class Directory(Node):
@@ -197,11 +209,13 @@ class File(Node):
 
     readable: ClassVar[bool] = True
     writable: ClassVar[bool] = False
+    # May hold secrets: only root reads it.
+    private: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "mode" not in cls.__dict__:
-            cls.mode = (0o444 if cls.readable else 0) | (0o200 if cls.writable else 0)
+        who_reads = 0o400 if cls.private else 0o444
+        cls.mode = (who_reads if cls.readable else 0) | (0o200 if cls.writable else 0)
 
     async def open(self, flags: int) -> Handle:
         """A handle for open(2) with ``flags``."""

@@ -63,7 +63,7 @@ class Errors(RootFile):
     sentence may quote what only root may read."""
 
     name = "errors"
-    mode = 0o400
+    private = True
 
     def read(self) -> str:
         """The failures."""

@@ -159,6 +159,12 @@ def test_appending_adds_lines(used_mount: Mount, idle_container: Path) -> None:
         assert first in text and second in text, name
 
 
+def test_what_may_hold_secrets_is_for_root(used_mount: Mount, idle_container: Path) -> None:
+    names = ("env", "spec", "config.json", "log", "log.json", "stdin", "changes", "error")
+    for path in (used_mount.path / "errors", *(idle_container / name for name in names)):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
 def test_another_user_is_held_to_the_modes(used_mount: Mount) -> None:
     script = (
         "find . -xdev -type f ! -readable -print 2>/dev/null | wc -l;"

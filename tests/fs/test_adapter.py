@@ -240,7 +240,7 @@ def test_touch_and_times(toy: Path) -> None:
 
 
 def test_modes_are_enforced(toy: Path) -> None:
-    assert stat.S_IMODE((toy / "secret").stat().st_mode) == 0o600
+    assert stat.S_IMODE((toy / "secret").stat().st_mode) == 0o400
     script = f"cat {toy}/secret; cat {toy}/value; echo x > {toy}/list"
     toy.parent.chmod(0o755)
     result = subprocess.run(

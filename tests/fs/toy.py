@@ -64,7 +64,7 @@ class Private(SettingFile):
     """For root."""
 
     name = "private"
-    mode = 0o600
+    private = True
 
     def read(self) -> str:
         return ""
@@ -189,7 +189,7 @@ class Secret(TextFile):
     """For root."""
 
     name = "secret"
-    mode = 0o600
+    private = True
 
     def read(self) -> str:
         return "secret"
