@@ -14,13 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import msgspec
 
 from store.errors import RegistryError, RegistryUnauthorized
 from store.reference import DEFAULT_REGISTRY
-from store.transport import Transport, explain, origin
+from store.transport import Transport, explain, origin, split_url
 
 # What `docker login` without a server writes down.
 _DOCKER_HUB_KEY = "https://index.docker.io/v1/"
@@ -252,14 +252,14 @@ class Authorizer:
                 self._header = self._known(url).basic
             else:
                 raise RegistryUnauthorized(
-                    f"{urlsplit(url).netloc} refuses the credentials from docker's configuration; "
+                    f"{origin(url)[1]} refuses the credentials from docker's configuration; "
                     "run docker login again"
                 )
 
     def _known(self, url: str) -> Credentials:
         credentials = self._credentials_now()
         if credentials is None:
-            host = urlsplit(url).netloc
+            host = origin(url)[1]
             raise RegistryUnauthorized(f"{host} wants credentials; run: docker login {host}")
         return credentials
 
@@ -275,7 +275,7 @@ class Authorizer:
         scheme, host = origin(realm)
         if not host or (scheme != "https" and origin(url)[0] == "https"):
             raise RegistryError(
-                f"{urlsplit(url).netloc} sends us to {realm!r:.200} for a token, which is no safe "
+                f"{origin(url)[1]} sends us to {realm!r:.200} for a token, which is no safe "
                 "address; tell those who run the registry"
             )
         return bearer
@@ -297,16 +297,16 @@ class Authorizer:
             if credentials:
                 headers["Authorization"] = credentials.basic
                 question["account"] = credentials.username
-            joint = "&" if urlsplit(realm).query else "?"
+            joint = "&" if split_url(realm).query else "?"
             response = self._transport.send(realm + joint + urlencode(question), headers)
         if response.status_code in (400, 401, 403):
             response.close()
             raise RegistryUnauthorized(
-                f"{urlsplit(realm).netloc} gives no token for {self._scope}; the image does not "
+                f"{origin(realm)[1]} gives no token for {self._scope}; the image does not "
                 "exist, or you may not read it: run docker login again"
             )
         if response.status_code != 200:
-            raise explain(response, f"no token from {urlsplit(realm).netloc}")
+            raise explain(response, f"no token from {origin(realm)[1]}")
         with response:
             self._take_token(self._transport.read(response, _TOKEN_BYTES, "a token"), realm)
 
@@ -318,7 +318,7 @@ class Authorizer:
         text = token.token or token.access_token
         if not text or not text.isascii() or not text.isprintable():
             raise RegistryError(
-                f"{urlsplit(realm).netloc} gave no token that can be read; "
+                f"{origin(realm)[1]} gave no token that can be read; "
                 "tell those who run the registry"
             )
         self._header = f"Bearer {text}"

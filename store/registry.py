@@ -4,7 +4,6 @@ import contextlib
 import logging
 from collections.abc import Callable
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import requests
 from urllib3.response import BaseHTTPResponse
@@ -33,6 +32,8 @@ from store.transport import (
     int_header,
     is_loopback,
     origin,
+    split_url,
+    whole_number,
 )
 
 log = logging.getLogger(__name__)
@@ -242,7 +243,7 @@ class _Endpoint:
         config = self._transport.host_config(self._address)
         if config.plain_http:
             return "http"
-        hostname = urlsplit(f"//{self._address}").hostname or ""
+        hostname = split_url(f"//{self._address}").hostname or ""
         if config.ca or config.insecure_skip_verify or not is_loopback(hostname):
             return "https"
         # On this machine both are usual. Servers with TLS answer 400 here, or hang up.
@@ -271,7 +272,7 @@ class HttpBlob:
         self.offset = offset
         self._response = response
         self._raw: BaseHTTPResponse = response.raw
-        self._host = urlsplit(response.url).netloc
+        self._host = origin(response.url)[1]
         self._aborted = False
 
     def read(self) -> bytes:
@@ -310,13 +311,15 @@ def _begin(response: requests.Response, descriptor: Descriptor, offset: int) -> 
         unit, _, rest = response.headers.get("Content-Range", "").partition(" ")
         span, _, all_bytes = rest.partition("/")
         first = span.partition("-")[0]
-        begin = int(first) if unit == "bytes" and first.isascii() and first.isdigit() else -1
+        begin = whole_number(first) if unit == "bytes" else -1
         if begin != offset:
-            raise ConnectionLost(f"{urlsplit(response.url).netloc} sent another range")
-        total = int(all_bytes) if all_bytes.isascii() and all_bytes.isdigit() else offset + length
+            raise ConnectionLost(f"{origin(response.url)[1]} sent another range")
+        total = whole_number(all_bytes)
+        if total < 0:
+            total = offset + length
     if length >= 0 and total != descriptor.size:
         raise SizeMismatch(
-            f"{urlsplit(response.url).netloc} has {total} bytes for {descriptor.digest}, the "
+            f"{origin(response.url)[1]} has {total} bytes for {descriptor.digest}, the "
             f"manifest names {descriptor.size}; push the image again"
         )
     return begin

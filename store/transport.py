@@ -14,7 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.cookiejar import DefaultCookiePolicy
 from typing import TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -49,6 +49,10 @@ MAX_REDIRECTS = 5
 # Error documents say what they have to say well below this.
 _ERROR_BYTES = 64 << 10
 
+# They come in one piece with the header, or soon after. Whoever sends the rest byte by byte
+# costs this and at most one wait for the next byte; then the connection is closed.
+_DRAIN_SECONDS = 5.0
+
 # `insecure_skip_verify` is written into the configuration by hand; saying it again for each
 # request helps nobody.
 urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
@@ -67,9 +71,26 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def split_url(url: str, base: str = "") -> SplitResult:
+    """The parts of an address, which may be relative to ``base``; host and port make sense.
+
+    Raises:
+        RegistryError: it is no address. Those that registries send us to may be anything.
+    """
+    try:
+        parts = urlsplit(urljoin(base, url))
+        _ = parts.port  # looked at only now
+    except ValueError as error:
+        raise RegistryError(
+            f"{url!r:.300} can't be an address ({error}); check the name of the registry, or tell "
+            "those who run it"
+        ) from None
+    return parts
+
+
 def origin(url: str) -> tuple[str, str]:
-    """Scheme and host with port: what credentials belong to."""
-    parts = urlsplit(url)
+    """Scheme and host with port: what credentials belong to. Raises RegistryError."""
+    parts = split_url(url)
     return parts.scheme, parts.netloc
 
 
@@ -81,6 +102,12 @@ def pause_before(attempt: int, error: RegistryError, patience: Patience) -> floa
         return None
     backoff = patience.backoff_seconds * 2.0 ** (attempt - 1)
     return max(error.retry_after, backoff * random.uniform(1.0, 1.5))
+
+
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Nowhere. Even where it doesn't follow a redirect, requests would prepare to, which
+        fails for targets that are no address, and reads all of the answer's body."""
 
 
 class Transport:
@@ -95,7 +122,7 @@ class Transport:
         self._registries = registries
         self.patience = patience
         self._closed = threading.Event()
-        self._session = requests.Session()
+        self._session = _Session()
         self._session.trust_env = False
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self._session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
@@ -149,22 +176,22 @@ class Transport:
             if response.status_code not in (301, 302, 303, 307, 308):
                 return response
             drain(response)
-            target = urljoin(url, response.headers.get("Location", ""))
-            if urlsplit(url).scheme == "https" and urlsplit(target).scheme != "https":
+            target = split_url(response.headers.get("Location", ""), url).geturl()
+            if origin(url)[0] == "https" and origin(target)[0] != "https":
                 raise RegistryError(
-                    f"{urlsplit(url).netloc} redirects from TLS to {target!r:.300}; "
+                    f"{origin(url)[1]} redirects from TLS to {target!r:.300}; "
                     "that is refused, tell those who run it"
                 )
             if origin(url) != origin(target):
                 headers.pop("Authorization", None)
             url = target
         raise RegistryError(
-            f"{urlsplit(url).netloc} redirects more than {MAX_REDIRECTS} times; "
+            f"{origin(url)[1]} redirects more than {MAX_REDIRECTS} times; "
             "tell those who run the registry"
         )
 
     def _checked(self, url: str) -> SplitResult:
-        parts = urlsplit(url)
+        parts = split_url(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
             raise RegistryError(f"{url!r:.300} is no address a registry may send us to")
         if (
@@ -197,7 +224,7 @@ class Transport:
         Raises:
             RegistryError: it does not arrive whole, or too slowly.
         """
-        host = urlsplit(response.url).netloc
+        host = origin(response.url)[1]
         deadline = time.monotonic() + self.patience.document_seconds
         if int_header(response, "Content-Length") > limit:
             return None
@@ -236,18 +263,23 @@ class Transport:
 def drain(response: requests.Response) -> bytes:
     """Read and close an answer whose body is not worth failing for; gives what there was of it.
 
-    A connection can be used again only when the answer before was read to its end.
+    A connection can be used again only when the answer before was read to its end, which is
+    not worth long waiting either.
     """
-    with response:
-        try:
-            return response.raw.read(_ERROR_BYTES, decode_content=False) or b""
-        except (HTTPError, OSError):
-            return b""
+    data = bytearray()
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    with response, suppress(HTTPError, OSError):
+        while len(data) < _ERROR_BYTES and time.monotonic() < deadline:
+            piece = response.raw.read1(_ERROR_BYTES - len(data), decode_content=False)
+            if not piece:
+                break
+            data += piece
+    return bytes(data)
 
 
 def explain(response: requests.Response, what: str) -> RegistryError:
     """The error for an answer that isn't the one hoped for; reads and closes it."""
-    host = urlsplit(response.url).netloc
+    host = origin(response.url)[1]
     status = response.status_code
     said = f"{host} answered {status} {response.reason or ''}".rstrip() + _message(drain(response))
     if status in _OVERLOADED:
@@ -280,8 +312,12 @@ def _retry_after(response: requests.Response) -> float:
 
 def int_header(response: requests.Response, name: str) -> int:
     """A header that is a number, or -1."""
-    value = response.headers.get(name, "")
-    return int(value) if value.isascii() and value.isdigit() and len(value) < 19 else -1
+    return whole_number(response.headers.get(name, ""))
+
+
+def whole_number(text: str) -> int:
+    """A number from outside that fits into 63 bits, or -1."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
 
 
 @contextmanager

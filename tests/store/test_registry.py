@@ -23,6 +23,7 @@ from store.errors import (
     RegistryUnauthorized,
     RegistryUnreachable,
     SizeMismatch,
+    StoreError,
 )
 from store.manifest import OCI_MANIFEST, Descriptor
 from store.reference import parse_reference
@@ -280,6 +281,59 @@ def test_redirects_to_where_we_do_not_go(
     proxy.on("/blobs/", faults.status(307, Location=target))
     with pytest.raises(RegistryError, match=r"without TLS|no address"):
         client(proxy.host, image, config).open_blob(blob_of(layout), 0)
+
+
+@pytest.mark.parametrize(
+    "target", ["http://[x/", "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "//[::1", "http://["]
+)
+def test_redirects_to_what_is_no_address(
+    proxy: Proxy, image: str, config: StoreConfig, layout: OciLayout, target: str
+) -> None:
+    proxy.on("/blobs/", faults.status(307, Location=target))
+    with pytest.raises(RegistryError, match="can't be an address") as caught:
+        client(proxy.host, image, config).open_blob(blob_of(layout), 0)
+    assert target in caught.value.sentence
+
+
+@pytest.mark.parametrize("realm", ["http://[x", "https://127.0.0.1:99999/t", "http://127.0.0.1:-1"])
+def test_tokens_from_what_is_no_address(
+    proxy: Proxy, image: str, config: StoreConfig, realm: str
+) -> None:
+    proxy.on("/manifests/", faults.status(401, WWW_Authenticate=f'Bearer realm="{realm}"'))
+    with pytest.raises(RegistryError, match="can't be an address"):
+        client(proxy.host, image, config).resolve()
+
+
+def test_a_registry_that_is_no_address(image: str, config: StoreConfig) -> None:
+    with pytest.raises(RegistryError, match="can't be an address"):
+        client("[:::]:5000", image, config).resolve()
+
+
+@pytest.mark.parametrize("code", [307, 404, 503])
+def test_an_error_that_drips_is_not_waited_for(
+    proxy: Proxy,
+    image: str,
+    config: StoreConfig,
+    layout: OciLayout,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+) -> None:
+    monkeypatch.setattr("store.transport._DRAIN_SECONDS", 0.2)
+    proxy.on("/blobs/", faults.drip(code, Location="/v2/x"))
+    proxy.on("/v2/x", faults.status(400))
+    begin = time.monotonic()
+    with pytest.raises(StoreError):
+        client(proxy.host, image, config).open_blob(blob_of(layout), 0)
+    assert time.monotonic() - begin < 2
+
+
+def test_a_range_beyond_all_numbers(
+    proxy: Proxy, image: str, config: StoreConfig, layout: OciLayout
+) -> None:
+    number = "9" * 5000
+    proxy.on("/blobs/", faults.status(206, Content_Range=f"bytes {number}-{number}/{number}"))
+    with pytest.raises(ConnectionLost, match="another range"):
+        client(proxy.host, image, config).open_blob(blob_of(layout), 10)
 
 
 def test_basic(tmp_path: Path, layout: OciLayout, config: StoreConfig) -> None:

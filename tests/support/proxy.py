@@ -137,6 +137,18 @@ def ignore_range(exchange: Exchange) -> None:
     exchange.forward(without=("range",))
 
 
+def drip(code: int, **headers: str) -> Fault:
+    """Answer with a status and a body of one byte every 50 ms, for as long as the proxy lives."""
+    named = {key.replace("_", "-"): value for key, value in headers.items()}
+
+    def fault(exchange: Exchange) -> None:
+        exchange.answer(code, {**named, "Content-Length": "100000"})
+        while not exchange.over.wait(0.05):
+            exchange.write(b" ")
+
+    return fault
+
+
 class Endless:
     """A document that goes on and on: 100 MiB announced, or none in particular.
 
