@@ -40,7 +40,7 @@ _DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+"
 # at most 127 layers.
 MAX_LAYERS = 500
 
-_Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
+_Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 _Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 

@@ -89,6 +89,7 @@ def test_docker_documents() -> None:
         ({"layers": [{**LAYER, "size": -1}]}, InvalidManifest, "size"),
         ({"layers": [{**LAYER, "size": 1 << 70}]}, InvalidManifest, "size"),
         ({"layers": [{**LAYER, "digest": "sha256:../../x"}]}, InvalidManifest, "digest"),
+        ({"layers": [{**LAYER, "digest": f"sha256:{HEX}\n"}]}, InvalidManifest, "digest"),
         ({"layers": [LAYER] * 501}, LimitExceeded, "501 layers"),
         ({"layers": "x"}, InvalidManifest, "layers"),
     ],
@@ -144,6 +145,8 @@ def test_config() -> None:
     assert read(config=None).config.env is None
     with pytest.raises(InvalidManifest, match=r"1 layers.* 2 diff_ids"):
         read(rootfs={"type": "layers", "diff_ids": [f"sha256:{HEX}"] * 2})
+    with pytest.raises(InvalidManifest, match="diff_ids"):
+        read(rootfs={"type": "layers", "diff_ids": [f"sha256:{HEX}\n"]})
     with pytest.raises(InvalidManifest, match="rootfs of type"):
         read(rootfs={"type": "windows", "diff_ids": []})
     with pytest.raises(InvalidManifest, match="Env"):
