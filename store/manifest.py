@@ -41,7 +41,9 @@ _DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+"
 MAX_LAYERS = 500
 
 _Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
-_Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+# What file offsets and the records of images can hold.
+SIZE_MAX = (1 << 63) - 1
+_Size = Annotated[int, msgspec.Meta(ge=0, le=SIZE_MAX)]
 
 
 class Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
@@ -258,6 +260,25 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
                 f"the layer {layer.digest} of {what} has the media type "
                 f"{layer.media_type!r:.200}; supported are tar, tar+gzip and tar+zstd layers"
             )
+
+
+def check_sizes(manifest: Manifest, limit: int, what: str) -> None:
+    """Refuse an image before anything of it is fetched when its layers can't be unpacked anyway.
+
+    Args:
+        limit: what a layer may have inflated; compressing hardly ever makes it longer.
+
+    Raises:
+        LimitExceeded: a layer, or all of them, are too long.
+    """
+    for layer in manifest.layers:
+        if layer.size > limit:
+            raise LimitExceeded(
+                f"the layer {layer.digest} of {what} has {layer.size} bytes; raise layer_bytes "
+                f"({limit}) in the store's configuration if you trust the image"
+            )
+    if sum(layer.size for layer in manifest.layers) > SIZE_MAX:
+        raise LimitExceeded(f"{what} has more bytes than any disk; do not trust this image")
 
 
 def parse_config(data: bytes, manifest: Manifest, what: str) -> ImageConfig:

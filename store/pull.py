@@ -140,7 +140,8 @@ class Pulls:
         name: str | None,
         progress: PullProgress,
     ) -> Image:
-        found = await ask(lambda: find(Cached(source, self._store.cas), platform, origin))
+        limit = self._store.config.layers.layer_bytes
+        found = await ask(lambda: find(Cached(source, self._store.cas), platform, origin, limit))
         image = found.image(name or str(source.default_name(found.resolved)), origin)
         progress.name = image.name
         # An image may hold the same layer several times.

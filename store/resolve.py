@@ -13,6 +13,7 @@ from store.manifest import (
     Index,
     Manifest,
     check_platform,
+    check_sizes,
     choose,
     parse,
     parse_config,
@@ -91,13 +92,14 @@ class Cached:
         return None
 
 
-def find(source: Cached, platform: Platform, what: str) -> Found:
+def find(source: Cached, platform: Platform, what: str, layer_bytes: int) -> Found:
     """Ask a source for the image that fits a platform.
 
     Args:
         source: where to ask.
         platform: what the image has to run on.
         what: the image's name for error messages.
+        layer_bytes: what a layer may have.
 
     Raises:
         NoMatchingPlatform: there is none.
@@ -116,6 +118,7 @@ def find(source: Cached, platform: Platform, what: str) -> Found:
         data = source.manifest(chosen)
         documents.append(data)
         document = parse(data, chosen.media_type, _document_name(what, chosen.content))
+    check_sizes(document, layer_bytes, what)
     data = source.config(document.config)
     config = parse_config(data, document, what)
     check_platform(config, platform, what)

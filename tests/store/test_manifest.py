@@ -29,6 +29,7 @@ from store.manifest import (
     Index,
     Manifest,
     check_platform,
+    check_sizes,
     choose,
     parse,
     parse_config,
@@ -151,6 +152,18 @@ def test_config() -> None:
         read(rootfs={"type": "windows", "diff_ids": []})
     with pytest.raises(InvalidManifest, match="Env"):
         read(config={"Env": [1]})
+
+
+def test_sizes() -> None:
+    huge = (1 << 63) - 1
+    for sizes, limit, why in (([1, 101], 100, "101 bytes"), ([huge, 1], huge, "any disk")):
+        manifest = parsed({**IMAGE, "layers": [{**LAYER, "size": size} for size in sizes]})
+        assert isinstance(manifest, Manifest)
+        with pytest.raises(LimitExceeded, match=why):
+            check_sizes(manifest, limit, "x")
+    fitting = parsed(IMAGE)
+    assert isinstance(fitting, Manifest)
+    check_sizes(fitting, 3, "x")
 
 
 def test_descriptor_checks_bytes() -> None:

@@ -45,6 +45,7 @@ from store.unpack import LayerLimits
 from tests.store.conftest import QUICK
 from tests.support import proxy as faults
 from tests.support.layouts import (
+    CONFIG,
     GZIP,
     INDEX,
     MANIFEST,
@@ -303,6 +304,21 @@ async def test_a_damaged_blob_is_mended(store: Store, proxy: Proxy, big: Pushed)
     assert store.damaged(image) == (blob,)
     await Pulls(store).pull(request)
     assert store.damaged(image) == ()
+
+
+async def test_layers_and_configurations_that_are_too_long_are_not_asked_for(
+    store: Store, proxy: Proxy, layout: OciLayout
+) -> None:
+    layer = {"mediaType": GZIP, "digest": "sha256:" + "1" * 64, "size": 1 << 40}
+    config = {**layout.document({}, CONFIG), "size": 1 << 30}
+    document = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": []}
+    for number, (change, why) in enumerate(
+        (({"layers": [layer]}, "1099511627776 bytes"), ({}, "longer than"))
+    ):
+        content = json.dumps({**document, **change}).encode()
+        proxy.on(f"/manifests/v{number}", faults.body(content, MANIFEST))
+        await refused(store, f"{proxy.host}/x:v{number}", LimitExceeded, why)
+    assert not proxy.paths("/blobs/")
 
 
 # --- connections that break -----------------------------------------------------------
