@@ -12,9 +12,13 @@ be written until the first start.
 
 import logging
 import os
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import trio
 
 from runtime import spec
@@ -33,6 +37,7 @@ from runtime.monitor import Attachment
 from runtime.records import Pinned, Record, Run, State
 from runtime.settings import (
     Effective,
+    Settings,
     decode_settings,
     effective,
     effective_text,
@@ -46,7 +51,8 @@ from store.errors import CtrfsError
 
 log = logging.getLogger(__name__)
 
-_KILL = 9
+# How the end of a run went may be unreadable for a while, as files on a failing disk are.
+_COLLECT_RETRY_SECONDS = 1.0
 
 
 class Container:
@@ -171,10 +177,7 @@ class Container:
         async with self._lock:
             self._check_settable()
             settings = with_text(self._record.settings, name, text)
-            if name == "image" and settings.image != self._record.settings.image:
-                await self._release_image()
-            self._record.settings = settings
-            await self._save_settings()
+            await self._replace_settings(settings)
 
     def spec_document(self) -> bytes:
         """All settings that were written, as JSON."""
@@ -190,10 +193,7 @@ class Container:
         settings = decode_settings(document)
         async with self._lock:
             self._check_settable()
-            if settings.image != self._record.settings.image:
-                await self._release_image()
-            self._record.settings = settings
-            await self._save_settings()
+            await self._replace_settings(settings)
 
     def config_document(self) -> bytes:
         """The OCI runtime document as it will run, or ran; empty while there is no image.
@@ -221,8 +221,7 @@ class Container:
             spec.parse_override(document)
         async with self._lock:
             self._check_settable()
-            self._record.override = text
-            await self._save_settings()
+            await self._commit_settings(override=text)
 
     def _document(self, values: Effective) -> spec.Document:
         if self._record.override is not None:
@@ -237,23 +236,43 @@ class Container:
                 " new container and change them there"
             )
 
-    async def _release_image(self) -> None:
-        """Make another image possible, unless files were put over this one's."""
-        if self._record.image is None:
+    async def _replace_settings(self, settings: Settings) -> None:
+        if self._record.image is None or settings.image == self._record.settings.image:
+            await self._commit_settings(settings=settings)
             return
-        if await trio.to_thread.run_sync(self._steps.has_own_files):
+        with trio.CancelScope(shield=True):
+            await self._discard_files()
+            await self._commit_settings(settings=settings, image=None, user=None)
+
+    async def _discard_files(self) -> None:
+        """Make another image possible, unless files were put over this one's.
+
+        Raises:
+            ContainerBusy: there are files, or somebody is in the root filesystem.
+        """
+        if not await trio.to_thread.run_sync(self._steps.discard_unused):
             raise ContainerBusy(
                 f"the rootfs of {self.id} holds files already, over those of its image; make a"
                 " new container for another image"
             )
-        await trio.to_thread.run_sync(self._steps.unpin, self._record)
 
-    async def _save_settings(self) -> None:
-        self._record.settings_ns = time.time_ns()
-        await self._save()
+    async def _commit_settings(self, **changes: Any) -> None:
+        await self._commit(settings_ns=time.time_ns(), **changes)
 
-    async def _save(self) -> None:
-        await trio.to_thread.run_sync(self._services.records.save, self._record)
+    async def _commit(self, **changes: Any) -> None:
+        """Change the record, on disk first: what could not be saved has not happened."""
+        with trio.CancelScope(shield=True):
+            await self._write(**changes)
+        self._assign(**changes)
+
+    async def _write(self, **changes: Any) -> None:
+        changed = msgspec.structs.replace(self._record, **changes)
+        await trio.to_thread.run_sync(self._services.records.save, changed)
+
+    def _assign(self, **changes: Any) -> None:
+        # The same object: a run may have ended meanwhile and left word of it there.
+        for name, value in changes.items():
+            setattr(self._record, name, value)
 
     # --- commands --------------------------------------------------------------------
 
@@ -285,36 +304,42 @@ class Container:
             raise InvalidSetting(
                 "neither the image nor `args` names a command; write one to `args`"
             )
-        started_before = record.started_ns
         try:
-            run = await self._create_and_start(pinned, values, document)
+            run, started = await self._create_and_start(pinned, values, document)
+            # A run that is not on record would be nobody's after the next start of the daemon.
+            await self._commit(
+                run=run,
+                starting=None,
+                state="running",
+                state_ns=time.time_ns(),
+                started_ns=started,
+                finished_ns=None,
+                exit_code=None,
+                error="",
+            )
         except BaseException as error:
-            record.started_ns = started_before
-            try:
-                await trio.to_thread.run_sync(self._steps.undo, record)
-            except (CtrfsError, OSError) as second:
-                log.warning("%s: undoing a failed start: %s", self.id, second)
+            await self._undo()
             if isinstance(error, OSError) and not isinstance(error, CtrfsError):
                 raise StartFailed(
                     f"{self.id} cannot be started: {error.strerror}", errno=error.errno
                 ) from error
             raise
-        record.run = run
-        record.starting = None
-        record.state = "running"
-        record.state_ns = time.time_ns()
-        record.finished_ns = record.exit_code = None
-        record.error = ""
         self._stdin_ended = False
         if self._ended.is_set():  # else somebody waits already, for this very run
             self._ended = trio.Event()
-        await self._save()
-        self._emit("start", pid=run.init.pid)
         self._background.start_soon(self._watch, run)
+        self._emit("start", pid=run.init.pid)
+
+    async def _undo(self) -> None:
+        try:
+            await trio.to_thread.run_sync(self._steps.undo, self._record)
+        except (CtrfsError, OSError) as error:
+            log.warning("%s: undoing a failed start: %s", self.id, error)
 
     async def _create_and_start(
         self, pinned: Pinned, values: Effective, document: spec.Document
-    ) -> Run:
+    ) -> tuple[Run, int]:
+        """The run, and when it was let go."""
         creation = await trio.to_thread.run_sync(
             self._steps.prepare, self._record, pinned, values, document
         )
@@ -325,9 +350,9 @@ class Container:
         if creation.conmon is None:
             raise StartFailed("the container's monitor (conmon) ended at once")
         # It may have ended before the next line is reached.
-        self._record.started_ns = time.time_ns()
+        started = time.time_ns()
         await self._services.runtime.start(self.uid)
-        return Run(creation.conmon, init)
+        return Run(creation.conmon, init), started
 
     def _pin(self) -> Pinned:
         """The image that the name in the settings means now."""
@@ -381,7 +406,9 @@ class Container:
 
     async def _restart(self) -> None:
         if self.is_running:
-            await self._stop()
+            # One that ends by itself at this moment is as good as stopped.
+            with suppress(ContainerBusy):
+                await self._stop()
         await self._start()
 
     async def pause(self) -> None:
@@ -423,9 +450,12 @@ class Container:
                 await self._set_state("running")
 
     async def _set_state(self, state: State) -> None:
-        self._record.state = state
-        self._record.state_ns = time.time_ns()
-        await self._save()
+        changes = {"state": state, "state_ns": time.time_ns()}
+        with trio.CancelScope(shield=True):
+            await self._write(**changes)
+        if not self.is_running:
+            return  # it has ended meanwhile, which tidying saves
+        self._assign(**changes)
         self._emit("pause" if state == "paused" else "resume")
 
     async def signal(self, number: int) -> None:
@@ -434,7 +464,7 @@ class Container:
         Raises:
             ContainerBusy: it does not run.
         """
-        if number == _KILL:
+        if number == signal.SIGKILL:
             await self.kill()
             return
         if not self._check_running().init.send(number):
@@ -474,26 +504,55 @@ class Container:
                 await trio.lowlevel.wait_readable(descriptor)
             finally:
                 os.close(descriptor)
-        await self._collect(run)
+        # Nothing tells of a disk that works again.
+        while not await self._collected(run):  # noqa: ASYNC110
+            await trio.sleep(_COLLECT_RETRY_SECONDS)
         with trio.CancelScope(shield=True):
             async with self._lock:
                 await self._tidy()
 
+    async def _collected(self, run: Run) -> bool:
+        try:
+            await self._collect(run)
+        except (CtrfsError, OSError) as error:
+            if self.error != str(error):
+                log.error("%s: how its run ended cannot be found out: %s", self.id, error)
+            self.error = str(error)
+            return False
+        return True
+
     async def _collect(self, run: Run) -> None:
         ending = self._steps.ending()
-        if ending is None:
-            ending = await trio.to_thread.run_sync(self._steps.end_without_monitor, run)
-        self._publish(ending)
+        if ending is not None:
+            self._publish(ending)
+            return
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                self._publish(await self._end_without_monitor(run))
+
+    async def _end_without_monitor(self, run: Run) -> Ending:
+        ending = await trio.to_thread.run_sync(self._steps.end_without_monitor, run)
+        try:
+            # No file says this, and a second time the answer would be another.
+            await self._write(**self._ended_by(ending))
+        except CtrfsError as error:
+            log.error("%s: its end cannot be saved yet: %s", self.id, error)
+        return ending
+
+    def _ended_by(self, ending: Ending) -> dict[str, Any]:
+        """What the end of a run changes."""
+        return {
+            "state": "stopped",
+            "state_ns": time.time_ns(),
+            "exit_code": ending.code,
+            # The end is the time of a file, which may be 4 ms behind the clock; and who ends
+            # at once has ended before `runc start` has returned.
+            "finished_ns": max(ending.finished_ns, self._record.started_ns or 0),
+            "error": ending.error,
+        }
 
     def _publish(self, ending: Ending) -> None:
-        record = self._record
-        record.state = "stopped"
-        record.state_ns = time.time_ns()
-        record.exit_code = ending.code
-        # The end is the time of a file, which may be 4 ms behind the clock; and who ends at
-        # once has ended before `runc start` has returned.
-        record.finished_ns = max(ending.finished_ns, record.started_ns or 0)
-        record.error = ending.error
+        self._assign(**self._ended_by(ending))
         self._untidy = True
         self._ended.set()
         if self._attachment is not None:
@@ -517,6 +576,9 @@ class Container:
             # The others are not to suffer; what is left is tried again by each command.
             log.warning("%s: going on after the last daemon: %s", self.id, error)
             self.error = str(error)
+        run = self._record.run
+        if run is not None and self.is_running:
+            self._background.start_soon(self._watch, run)
 
     async def _recover(self) -> None:
         record = self._record
@@ -528,7 +590,6 @@ class Container:
             else:
                 frozen = await trio.to_thread.run_sync(self._steps.is_frozen)
                 record.state = "paused" if frozen else "running"
-                self._background.start_soon(self._watch, record.run)
         elif await trio.to_thread.run_sync(self._steps.has_leftovers):
             self._untidy = True
         async with self._lock:
@@ -601,10 +662,11 @@ class Container:
         async with self._lock:
             self._check_exists()
             await self._tidy()
-            if self._record.image is None:
-                self._record.image = self._pin()
-                await self._save()
-            return await trio.to_thread.run_sync(self._steps.mount, self._record.image)
+            pinned = self._record.image
+            if pinned is None:
+                pinned = self._pin()
+                await self._commit(image=pinned)
+            return await trio.to_thread.run_sync(self._steps.mount, pinned)
 
     def uses(self, digest: str) -> bool:
         """Whether it needs the image with this manifest digest."""
@@ -638,12 +700,7 @@ class Container:
             self._check_exists()
             self._check_stopped("renamed")
             before = self._record.id
-            self._record.id = name
-            try:
-                await self._save()
-            except BaseException:
-                self._record.id = before
-                raise
+            await self._commit(id=name)
             self._emit("rename", old_id=before)
 
     async def remove(self) -> None:

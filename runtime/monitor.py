@@ -104,6 +104,12 @@ class Place:
         """Whether the OCI runtime got as far as saying what the first process is."""
         return (self.bundle / _INIT_PID).exists()
 
+    def created_ns(self) -> int | None:
+        """When it did, just before the process was let go."""
+        with suppress(FileNotFoundError):
+            return (self.bundle / _INIT_PID).stat().st_mtime_ns
+        return None
+
 
 def _read_process(path: Path) -> Process | None:
     try:

@@ -6,6 +6,7 @@ Each is called in a worker thread, under the container's lock; container.py says
 import errno
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -135,17 +136,42 @@ class Steps:
             if not starting.mounted:
                 self.unmount()
             if not starting.pinned:
-                self.unpin(record)
+                self._unpin(record)
         record.starting = None
         self._services.records.save(record)
 
-    def unpin(self, record: Record) -> None:
-        """Forget the image and the files that lie on it, which are none of the user's."""
-        self.unmount()
-        remove_tree(self._state / "upper")
-        remove_tree(self._state / "work")
+    def _unpin(self, record: Record) -> None:
+        try:
+            self.discard()
+        except ContainerBusy:
+            return  # the image stays as long as somebody is in its files
         record.image = None
         record.user = None
+
+    def discard(self) -> None:
+        """Delete the files that lie on the image, which are none of the user's.
+
+        Raises:
+            ContainerBusy: somebody uses the root filesystem; nothing has changed.
+        """
+        # Never below a live overlay: what its users write would be lost without a word.
+        self._services.rootfs.unmount(self._uid)
+        remove_tree(self._state / "upper")
+        remove_tree(self._state / "work")
+
+    def discard_unused(self) -> bool:
+        """As discard(), unless something was put into the root filesystem; whether it was done.
+
+        Raises:
+            ContainerBusy: as discard().
+        """
+        if self.has_own_files():
+            return False
+        self._services.rootfs.unmount(self._uid)
+        if self.has_own_files():  # put there until the moment it was unmounted
+            return False
+        self.discard()
+        return True
 
     def resolve_start(self, record: Record) -> None:
         """Settle a start during which the daemon was killed.
@@ -164,7 +190,8 @@ class Steps:
         record.run = Run(conmon or nobody, init or nobody)
         record.starting = None
         record.state = "running"
-        record.started_ns = time.time_ns()
+        # Its end is known by the time of a file, too.
+        record.started_ns = self._place.created_ns() or time.time_ns()
         record.finished_ns = record.exit_code = None
         self._services.records.save(record)
 
@@ -185,7 +212,7 @@ class Steps:
 
     def end_without_monitor(self, run: Run) -> Ending:
         """End a run whose conmon is gone and left no exit code."""
-        killed = run.init.is_running() and run.init.send(9)
+        killed = run.init.is_running() and run.init.send(signal.SIGKILL)
         self._cgroup.kill()
         run.init.kill(_KILL_SECONDS)
         what = "its process was killed" if killed else "how its process ended is not known"
@@ -222,7 +249,7 @@ class Steps:
 
     def kill(self, run: Run) -> None:
         """SIGKILL to all processes."""
-        run.init.send(9)
+        run.init.send(signal.SIGKILL)
         self._cgroup.kill()
 
     # --- looking ---------------------------------------------------------------------
