@@ -18,6 +18,7 @@ from store.errors import (
     ImageNotFound,
     InvalidReference,
     PullCancelled,
+    RegistryError,
     RegistryUnauthorized,
     SizeMismatch,
     StoreError,
@@ -83,6 +84,10 @@ class Registry:
         response = endpoint.get(f"manifests/{wanted}", {"Accept": _ACCEPT})
         if response.status_code == 404:
             drain(response)
+            if not endpoint.is_registry():
+                raise RegistryError(
+                    f"{endpoint.host} is not a registry: it has no /v2/; check the host in the name"
+                )
             raise ImageNotFound(
                 f"{endpoint.host} has no image {self._reference}; check the name and the tag"
             )
@@ -173,14 +178,6 @@ class Registry:
     def _patiently(self, work: Callable[["_Endpoint"], _T]) -> _T:
         return self._transport.patiently(lambda: self._anywhere(work))
 
-    def ping(self) -> None:
-        """Ask whether there is a registry.
-
-        Raises:
-            RegistryError: there is none, or it can't be reached.
-        """
-        self._transport.patiently(self._endpoints[-1].ping)
-
     def close(self) -> None:
         """Close idle connections and end pauses."""
         self._transport.close()
@@ -253,16 +250,13 @@ class _Endpoint:
         except ConnectionLost:
             return "https"
 
-    def ping(self) -> None:
-        """Ask whether there is a registry ("Determining Support").
-
-        Raises:
-            RegistryError: there is none, or it can't be reached.
-        """
-        response = self._transport.get(f"{self._base()}/v2/", {})
-        if response.status_code not in (200, 401):
-            raise explain(response, f"{self.host} is not a registry")
-        response.close()
+    def is_registry(self) -> bool:
+        """Whether the API is here at all ("Determining Support"); true when in doubt."""
+        try:
+            with self._transport.get(f"{self._base()}/v2/", {}) as response:
+                return response.status_code != 404
+        except RegistryError:
+            return True
 
 
 class HttpBlob:

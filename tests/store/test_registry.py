@@ -95,7 +95,6 @@ def test_resolve_and_fetch(
     assert json.loads(source.fetch_config(settings))["os"] == "linux"
     by_digest = client(registry.host, f"client/app@{descriptor.digest}", config)
     assert by_digest.resolve() == (descriptor, data)
-    source.ping()
     source.close()
 
 
@@ -115,6 +114,17 @@ def test_unknown_names(registry: Registry, image: str, config: StoreConfig) -> N
     missing = Descriptor(GZIP, "sha256:" + "0" * 64, 5)
     with pytest.raises(BlobNotFound, match=missing.digest):
         client(registry.host, image, config).open_blob(missing, 0)
+
+
+def test_a_host_without_a_registry(proxy: Proxy, config: StoreConfig) -> None:
+    with pytest.raises(ImageNotFound):
+        client(proxy.host, "app:none", config).resolve()
+    proxy.on("/v2/$", faults.status(401), times=2)  # the first finds out about TLS
+    with pytest.raises(ImageNotFound):
+        client(proxy.host, "app:none", config).resolve()
+    proxy.on("", faults.status(404))
+    with pytest.raises(RegistryError, match="is not a registry"):
+        client(proxy.host, "app:none", config).resolve()
 
 
 def test_registry_down(config: StoreConfig) -> None:
@@ -441,7 +451,8 @@ def test_tls_unverified(tmp_path: Path, config: StoreConfig) -> None:
     with Registry(tmp_path / "tls", tls=True) as registry:
         settings = {registry.host: HostConfig(insecure_skip_verify=True)}
         known = msgspec.structs.replace(config, registries=settings)
-        client(registry.host, "app:v1", known).ping()
+        with pytest.raises(ImageNotFound):
+            client(registry.host, "app:v1", known).resolve()
 
 
 def test_no_tls_beyond_this_machine(config: StoreConfig) -> None:
