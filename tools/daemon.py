@@ -56,7 +56,7 @@ async def _serve(options: Options, config: Config, ready: Callable[[], None]) ->
                 failures=failures,
                 automounts=automounts,
                 config=config,
-                info=await trio.to_thread.run_sync(features.report),
+                info=await trio.to_thread.run_sync(features.report, config.runtime),
             )
             stop = trio.Event()
             nursery.start_soon(_stop_on_signal, stop)
