@@ -145,15 +145,26 @@ class Images:
             ImageNotFound: there is none.
             ImageInUse: it has no other name and something needs it.
         """
-        with self._lock:
-            image = self.named(name)
-            others = [other for other in self if other.digest == image.digest]
-            user = self.in_use(image) if len(others) == 1 else None
-            if user:
-                raise ImageInUse(f"the image {name} is used by {user}; remove that first")
-            with self._database.transaction() as cursor:
-                cursor.execute("DELETE FROM images WHERE name = ?", (name,))
-            self._images = {key: value for key, value in self._images.items() if key != name}
+        while True:
+            images = self._images
+            self._refuse_if_used(name, images)
+            with self._lock:
+                if self._images is not images:
+                    continue  # the answer may be another by now
+                with self._database.transaction() as cursor:
+                    cursor.execute("DELETE FROM images WHERE name = ?", (name,))
+                self._images = {key: value for key, value in images.items() if key != name}
+                return
+
+    def _refuse_if_used(self, name: str, images: dict[str, Image]) -> None:
+        """Without the lock: whoever answers may use the records, or wait for one who does."""
+        image = images.get(name)
+        if image is None:
+            raise _not_found(name)
+        names = [other.name for other in images.values() if other.digest == image.digest]
+        user = self.in_use(image) if len(names) == 1 else None
+        if user:
+            raise ImageInUse(f"the image {name} is used by {user}; remove that first")
 
 
 def _decode(name: str, record: bytes) -> Image:

@@ -16,7 +16,13 @@ from store.manifest import Descriptor
 from store.oci_layout import Layout
 from store.platform import Platform
 from store.progress import LayerProgress, PullProgress
-from store.reference import LayoutSource, RegistrySource, parse_reference, parse_source
+from store.reference import (
+    LayoutSource,
+    RegistrySource,
+    check_own_name,
+    parse_reference,
+    parse_source,
+)
 from store.registry import Registry
 from store.resolve import Cached, find
 from store.source import Source
@@ -142,7 +148,11 @@ class Pulls:
     ) -> Image:
         limit = self._store.config.layers.layer_bytes
         found = await ask(lambda: find(Cached(source, self._store.cas), platform, origin, limit))
-        image = found.image(name or str(source.default_name(found.resolved)), origin)
+        if name is None:
+            reference = source.default_name(found.resolved)
+            check_own_name(reference)
+            name = str(reference)
+        image = found.image(name, origin)
         progress.name = image.name
         # An image may hold the same layer several times.
         wanted = tuple(dict.fromkeys(zip(image.layers, image.diff_ids, strict=True)))
@@ -218,6 +228,7 @@ def _chosen_name(text: str | None) -> str | None:
     reference = parse_reference(text)
     if reference.digest:
         raise InvalidReference(f"as={text:.300} can't hold a digest; give a name with a tag")
+    check_own_name(reference)
     return str(reference)
 
 

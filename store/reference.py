@@ -18,6 +18,9 @@ from store.errors import InvalidReference
 DEFAULT_REGISTRY = "docker.io"
 DEFAULT_TAG = "latest"
 
+# What stands beside the registries in the tree of images.
+RESERVED = frozenset({"README", "pull", "by-digest"})
+
 # Registries and docker refuse longer repository names.
 NAME_LENGTH = 255
 
@@ -69,6 +72,19 @@ def parse_reference(text: str, default_registry: str = DEFAULT_REGISTRY) -> Refe
         repository = f"library/{repository}"
     _check_names(text, registry, repository)
     return Reference(registry, repository, tag or (None if digest else DEFAULT_TAG), digest)
+
+
+def check_own_name(reference: Reference) -> None:
+    """Refuse a name under which an image would not be found in the tree of images.
+
+    Raises:
+        InvalidReference: a fixed file stands in its place.
+    """
+    if reference.registry in RESERVED:
+        raise InvalidReference(
+            f"{reference} would be hidden behind the file {reference.registry} of the tree; "
+            "choose another name with as=NAME"
+        )
 
 
 def _split_registry(rest: str, default: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Image records."""
 
+import threading
 from pathlib import Path
 
 import msgspec
@@ -102,6 +103,27 @@ def test_the_last_name_of_an_image_in_use_stays(images: Images) -> None:
     with pytest.raises(ImageInUse, match="container web"):
         images.remove(ALPINE.name)
     assert images.get("alpine:3.20") == ALPINE
+
+
+def test_whoever_is_asked_may_use_the_records(images: Images) -> None:
+    second = msgspec.structs.replace(ALPINE, name="localhost/alpine:latest")
+    asked: list[str] = []
+
+    def in_use(image: Image) -> str | None:
+        asked.append(image.name)
+        if len(asked) == 1:
+            thread = threading.Thread(target=images.put, args=(second,), daemon=True)
+            thread.start()
+            thread.join(5)
+            assert not thread.is_alive(), "it waits for whoever waits for it"
+            return None
+        return "container web"
+
+    images.in_use = in_use
+    images.remove(ALPINE.name)  # it has got a second name meanwhile
+    assert images.names() == sorted([OTHER.name, second.name])
+    with pytest.raises(ImageInUse):
+        images.remove(second.name)
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import trio
 import trio.testing
 
 from store.cas import parse_digest
-from store.config import StoreConfig
+from store.config import HostConfig, StoreConfig
 from store.errors import (
     BlobNotFound,
     CorruptContent,
@@ -174,6 +174,22 @@ async def test_as_name(store: Store, registry: Registry, big: Pushed) -> None:
     for name in ("", "Mine", f"mine@{image.digest}"):
         with pytest.raises(InvalidReference):
             await Pulls(store).pull(PullRequest(source, as_name=name))
+
+
+async def test_names_that_the_tree_would_hide(
+    store: Store, config: StoreConfig, proxy: Proxy, big: Pushed, tmp_path: Path
+) -> None:
+    source = f"{proxy.host}/{big.name}"
+    await refused(store, source, InvalidReference, "hidden behind", as_name="README/x:1")
+    assert not proxy.seen
+    mirrored = msgspec.structs.replace(
+        config, registries={"README": HostConfig(mirrors=(proxy.host,))}
+    )
+    other = Store(tmp_path / "mirrored", mirrored, EventLog())
+    await refused(other, f"README/{big.name}", InvalidReference, "as=NAME")
+    image = await Pulls(other).pull(PullRequest(f"README/{big.name}", as_name="x"))
+    assert image.name == "docker.io/library/x:latest"
+    other.close()
 
 
 async def test_layout(store: Store, layout: OciLayout) -> None:
@@ -672,7 +688,7 @@ async def test_the_next_one_takes_over_from_a_cancelled_caller(
 PROGRAM = """
 import sys, trio
 from pathlib import Path
-from store.config import StoreConfig
+from store.config import HostConfig, StoreConfig
 from store.events import EventLog
 from store.pull import PullRequest, Pulls
 from store.store import Store
