@@ -27,7 +27,7 @@ from pathlib import Path
 import msgspec
 
 from store.cas import Digest, sync_directory
-from store.erofs import write_image
+from store.erofs import image_sizes, write_image
 from store.errors import CorruptContent, InvalidLayer, storage
 from store.index import read_index
 from store.tree import Tree
@@ -55,6 +55,8 @@ class LayerRecord(msgspec.Struct, frozen=True):
     root_depends: bool
     # Why the layer can't be used as the lowest one; empty if it can.
     needs_lower: str
+    # In bytes; 0 in records that were written before there was this field.
+    index_size: int = 0
 
 
 class Layer(msgspec.Struct, frozen=True):
@@ -102,6 +104,7 @@ class Layers:
         self._lock = threading.Lock()  # for names to appear and disappear
         self._building = threading.Lock()  # trees take memory: one stack of them at a time
         self._layers: dict[Digest, Layer] = {}
+        self._damaged: frozenset[Digest] = frozenset()
         with storage(f"opening {directory}"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -112,8 +115,21 @@ class Layers:
                     self._adopt(path)
 
     def get(self, diff_id: Digest) -> Layer | None:
-        """The layer, from memory; None when it isn't here."""
-        return self._layers.get(diff_id)
+        """The layer, from memory; None when it isn't here or was found damaged."""
+        return None if diff_id in self._damaged else self._layers.get(diff_id)
+
+    def damaged(self) -> frozenset[Digest]:
+        """Layers that were found damaged and have not been unpacked again since, from memory."""
+        return self._damaged
+
+    def usable(self, diff_id: Digest) -> bool:
+        """Whether the layer is here with all its files; looks at them."""
+        try:
+            self._present(diff_id)
+        except CorruptContent as error:
+            logger.warning("%s", error.sentence)
+            return False
+        return True
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(list(self._layers.values()))
@@ -122,6 +138,7 @@ class Layers:
         """Delete a layer and the chains it is part of; nothing may have it mounted. Idempotent."""
         with self._building, self._lock, storage(f"removing a layer from {self._directory}"):
             layer = self._layers.pop(diff_id, None)
+            self._damaged -= {diff_id}
             if layer is None:
                 return
             for chain in self._chains.iterdir():
@@ -178,6 +195,7 @@ class Layers:
                 depends=tree.depends,
                 root_depends=tree.root_depends,
                 needs_lower=unpacked.needs_lower,
+                index_size=(workspace / "index").stat().st_size,
             )
             (workspace / "layer.json").write_bytes(msgspec.json.encode(record))
             self._publish(workspace, self._directory / _hex(diff_id))
@@ -195,7 +213,8 @@ class Layers:
         topmost root's attributes.
 
         Raises:
-            CorruptContent: a layer isn't here (any more).
+            CorruptContent: a layer isn't here (any more), or its files are not what was written;
+                the next pull makes it again from its blob.
             InvalidLayer: the layers don't fit together, as when a hard link's target is nowhere.
             StoreError: the disk is full or failed, with its errno.
         """
@@ -205,10 +224,22 @@ class Layers:
         return tuple(stack.images)
 
     def _present(self, diff_id: Digest) -> Layer:
+        """The layer, after a look at its files: their sizes tell what power cuts and people do."""
         layer = self.get(diff_id)
         if layer is None:
+            state = "damaged" if diff_id in self._damaged else "missing"
             raise CorruptContent(
-                f"the unpacked layer {diff_id} is missing from {self._directory}; "
+                f"the unpacked layer {diff_id} is {state} in {self._directory}; "
+                "pull the image again"
+            )
+        with self._lock, storage(f"looking at the layer in {layer.directory}"):
+            # Not while another thread puts a new one in its place.
+            wrong = _wrong_file(layer)
+            if wrong and self._layers.get(diff_id) is layer:
+                self._damaged |= {diff_id}
+        if wrong:
+            raise CorruptContent(
+                f"{wrong} of the unpacked layer {diff_id} is missing or has a wrong size; "
                 "pull the image again"
             )
         return layer
@@ -228,19 +259,24 @@ class Layers:
         diff_ids = "\n".join(layer.diff_id for layer in stack.layers[: position + 1])
         key = hashlib.sha256(f"{_FORMAT}\n{diff_ids}".encode()).hexdigest()
         directory = self._chains / key
-        if not directory.exists():
-            with self._building, storage(f"reading the layers in {self._directory}"):
-                if not directory.exists():
-                    self._build_chain(stack, position, directory, diff_ids)
-        data = directory / "data"
-        return LayerImage(
-            key[:_KEY_LENGTH],
-            directory / "meta.erofs",
-            data if data.exists() else stack.layers[position].data,
-        )
+        own = stack.layers[position].data
+        with storage(f"reading the layers in {self._directory}"):
+            if not _sound(directory, own):
+                with self._building:
+                    if not _sound(directory, own):
+                        self._delete(directory)
+                        self._build_chain(stack, position, directory, diff_ids)
+            return LayerImage(
+                key[:_KEY_LENGTH], directory / "meta.erofs", _chain_data(directory, own)
+            )
 
     def _build_chain(self, stack: "_Stack", position: int, directory: Path, diff_ids: str) -> None:
-        tree = stack.tree(position)
+        try:
+            tree = stack.tree(position)
+        except CorruptContent:
+            with self._lock:
+                self._damaged |= {stack.reading.diff_id}
+            raise
         if tree.unresolved:
             raise InvalidLayer(tree.unresolved)
         with self._workspace() as workspace:
@@ -287,11 +323,17 @@ class Layers:
         sync_directory(workspace)
         with self._lock:
             if target.exists():
-                return
+                if not self._is_damaged(target):
+                    return
+                self._delete(target)
             workspace.rename(target)
             sync_directory(target.parent)
             if target.parent == self._directory:
                 self._adopt(target)
+                self._damaged -= {Digest(f"sha256:{target.name}")}
+
+    def _is_damaged(self, target: Path) -> bool:
+        return target.parent == self._directory and f"sha256:{target.name}" in self._damaged
 
     def _delete(self, directory: Path) -> None:
         """Remove a directory at one stroke, then its files."""
@@ -305,6 +347,7 @@ class _Stack:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
         self.images: list[LayerImage] = []
+        self.reading = layers[0]  # whose index is at fault if one is
         self._trees: list[Tree] = []
         self._copies: list[list[_Copy]] = []
 
@@ -312,6 +355,7 @@ class _Stack:
         """The tree of a layer over those below it. Raises InvalidLayer."""
         while len(self._trees) <= position:
             number = len(self._trees)
+            self.reading = self.layers[number]
             lowers = tuple(tree.root for tree in reversed(self._trees))
             builder = Builder(lowers, number)
             for entry in read_index(self.layers[number].index):
@@ -373,6 +417,42 @@ def _write_meta(workspace: Path, tree: Tree, data_size: int, identity: str) -> i
     """Write ``meta.erofs``; the number of inodes."""
     with (workspace / "meta.erofs").open("xb") as file:
         return write_image(tree.root, file, data_size, bytes.fromhex(identity)[:16]).inodes
+
+
+def _wrong_file(layer: Layer) -> str:
+    """The name of a file that is not as it was written; empty if all are, by their sizes."""
+    if layer.data_size and _size(layer.directory / "data") != layer.data_size:
+        return "data"
+    wanted = layer.record.index_size or max(1, _size(layer.index))
+    if _size(layer.index) != wanted:
+        return "index"
+    return "" if _fits(layer.directory / "meta.erofs", layer.data) else "meta.erofs"
+
+
+def _fits(meta: Path, data: Path | None) -> bool:
+    """Whether an image is whole and made for this data file."""
+    try:
+        sizes = image_sizes(meta)
+    except FileNotFoundError:
+        return False
+    return sizes == (_size(meta), _size(data) if data else 0)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def _chain_data(directory: Path, own: Path | None) -> Path | None:
+    """The data file of a chain's image: one of its own, or that of the layer."""
+    data = directory / "data"
+    return data if data.exists() else own
+
+
+def _sound(directory: Path, own: Path | None) -> bool:
+    return _fits(directory / "meta.erofs", _chain_data(directory, own))
 
 
 def _hex(diff_id: str) -> str:

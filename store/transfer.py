@@ -175,7 +175,10 @@ class Transfer:
             StoreError: it failed. What was fetched stays if the registry is at fault, for the
                 next attempt, and goes if the content or the disk is.
         """
-        if self.layers.get(self.diff_id) is None and self.cas.contains(self.digest):
+        usable = self.layers.get(self.diff_id) is not None and await to_end(
+            lambda: self.layers.usable(self.diff_id)
+        )
+        if not usable and self.cas.contains(self.digest):
             try:
                 await self._unpack_from_store()
             except (CorruptContent, BlobNotFound) as error:

@@ -531,6 +531,56 @@ def test_a_damaged_index_is_reported(layers: Layers) -> None:
         layers.remove(diff_ids[0])
 
 
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4)
+
+
+@pytest.mark.logs(r"missing or has a wrong size|is damaged")
+@pytest.mark.parametrize("name", ["data", "index", "meta.erofs"])
+@pytest.mark.parametrize("damage", [cut, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_layer_with_a_damaged_file_is_reported_and_made_again(
+    layers: Layers, tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    diff_ids = [unpack(layers, data).diff_id for data in (BASE, IMPLIED)]
+    images = layers.mountable(diff_ids)
+    layer = layers.get(diff_ids[0])
+    assert layer and layers.usable(layer.diff_id) and not layers.damaged()
+    damage(layer.directory / name)
+    for _ in range(2):
+        with pytest.raises(CorruptContent, match="pull the image again"):
+            layers.mountable(diff_ids)
+    assert layers.damaged() == {layer.diff_id} and layers.get(layer.diff_id) is None
+    assert not layers.usable(layer.diff_id)
+    assert unpack(layers, BASE) == layer and not layers.damaged()
+    assert layers.mountable(diff_ids) == images
+    with mounted_stack(images, tmp_path) as path:
+        assert any(path.iterdir())
+
+
+def test_an_index_of_the_right_size_with_wrong_bytes(layers: Layers) -> None:
+    diff_ids = [unpack(layers, data).diff_id for data in (BASE, IMPLIED)]
+    layer = layers.get(diff_ids[0])
+    assert layer
+    layer.index.write_bytes(bytes(layer.index.stat().st_size))
+    with pytest.raises(CorruptContent, match="index"):
+        layers.mountable(diff_ids)
+    assert layers.damaged() == {layer.diff_id}
+    unpack(layers, BASE)
+    layers.mountable(diff_ids)
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_a_chain_that_is_damaged_is_made_again(
+    layers: Layers, damage: Callable[[Path], None]
+) -> None:
+    diff_ids = [unpack(layers, data).diff_id for data in (BASE, IMPLIED)]
+    images = layers.mountable(diff_ids)
+    before = images[1].meta.read_bytes()
+    damage(images[1].meta)
+    assert layers.mountable(diff_ids) == images
+    assert images[1].meta.read_bytes() == before
+
+
 def test_one_layer_unpacked_by_several_threads(layers: Layers, tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda _: unpack(layers, BASE), range(8)))

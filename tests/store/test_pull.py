@@ -337,6 +337,26 @@ async def test_layers_and_configurations_that_are_too_long_are_not_asked_for(
     assert not proxy.paths("/blobs/")
 
 
+@pytest.mark.logs(r"missing or has a wrong size")
+@pytest.mark.parametrize("noticed", [True, False])
+async def test_a_damaged_layer_is_mended(
+    store: Store, proxy: Proxy, big: Pushed, noticed: bool
+) -> None:
+    request = PullRequest(f"{proxy.host}/{big.name}")
+    image = await Pulls(store).pull(request)
+    layer = store.layers.get(image.diff_ids[0])
+    assert layer and layer.data
+    os.truncate(layer.data, 4096)
+    if noticed:
+        with pytest.raises(CorruptContent, match="pull the image again"):
+            store.rootfs_layers(image)
+        assert store.damaged(image) == (image.layers[0].content,)
+    await Pulls(store).pull(request)
+    assert store.damaged(image) == () and store.rootfs_layers(image)
+    assert layer.data.stat().st_size == layer.data_size
+    assert len(proxy.paths("/blobs/" + image.layers[0].digest)) == 1, "the blob is here"
+
+
 # --- connections that break -----------------------------------------------------------
 
 
