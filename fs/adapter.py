@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,6 +51,12 @@ NAME_MAX = 255
 
 # To look for what is not there, or not any more, is no failure to keep for anybody.
 QUIET = frozenset({"lookup", "stat", "list", "readlink"})
+
+# Operations that were meant to change something.
+COMMANDS = frozenset({"write", "close", "change", "mkdir", "rmdir", "rename"})
+
+# One user's blocked readers must leave room for everybody else's requests.
+MAX_READS_PER_USER = 1000
 
 
 @dataclass(slots=True)
@@ -121,6 +128,8 @@ class _Attempt:
         self._interrupts.done(self._scope)
         self._scope.__exit__(kind, error, trace)
         if self._scope.cancelled_caught:
+            if self._operation in COMMANDS:
+                self._add(errno.EINTR, "a signal interrupted it before it was done")
             raise FUSEError(errno.EINTR)
         if isinstance(error, Exception) and not isinstance(error, FUSEError):
             raise FUSEError(self._record(error)) from error
@@ -139,12 +148,16 @@ class _Attempt:
             code, sentence = errno.EIO, "internal error; the daemon's log has the details"
         if self._operation in QUIET and code in (errno.ENOENT, errno.ESTALE):
             return code
+        self._add(code, sentence)
+        if self._operation in COMMANDS:
+            self._node.failed(sentence)
+        return code
+
+    def _add(self, code: int, sentence: str) -> None:
         path = f"{self._node.path}/{self._name}".strip("/")
         # What only root may read is not shown to others by way of an error.
         shown = self._data if self._node.mode & 0o004 else b""
         self._failures.add(path, self._operation, self._caller, code, sentence, shown)
-        self._node.failed(sentence)
-        return code
 
 
 class Adapter(pyfuse3.Operations):
@@ -175,6 +188,7 @@ class Adapter(pyfuse3.Operations):
         self._nursery = nursery
         self._open: dict[int, _Open] = {}
         self._listings: dict[int, _Listing] = {}
+        self._reads: Counter[int] = Counter()
         self._next_handle = 1
 
     # --- failures ------------------------------------------------------------------
@@ -283,10 +297,11 @@ class Adapter(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> EntryAttributes:
         """truncate(2) empties what can be emptied. Times are the content's own: setting
-        them is accepted for the sake of `touch` and `cp -p`, and changes nothing."""
+        them, or the mode and owner to what they are, is accepted for the sake of `touch`,
+        `cp -p` and editors, and changes nothing."""
         node = self._node(inode)
         async with self._attempt("change", node, ctx):
-            if fields.update_mode or fields.update_uid or fields.update_gid:
+            if _changes_owner_or_mode(node, attr, fields):
                 raise CtrfsError("owner and mode are fixed in this tree", errno=errno.EPERM)
             if fields.update_size:
                 await self._truncate(node, attr.st_size, fh)
@@ -489,8 +504,15 @@ class Adapter(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """read(2)."""
         opened = self._open[fh]
-        async with self._attempt("read", opened.node, opened.caller):
-            return await opened.handle.read(off, size)
+        uid = opened.caller.uid
+        self._reads[uid] += 1
+        try:
+            async with self._attempt("read", opened.node, opened.caller):
+                if uid != 0 and self._reads[uid] > MAX_READS_PER_USER:
+                    raise FUSEError(errno.EAGAIN)
+                return await opened.handle.read(off, size)
+        finally:
+            self._reads[uid] -= 1
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """write(2)."""
@@ -554,6 +576,14 @@ class Adapter(pyfuse3.Operations):
         if not opened.closed and opened.poll_wanted is not None:
             opened.poll_wanted.notify()
             opened.poll_wanted = None
+
+
+def _changes_owner_or_mode(node: Node, attr: EntryAttributes, fields: SetattrFields) -> bool:
+    return (
+        (fields.update_mode and stat.S_IMODE(attr.st_mode) != node.mode)
+        or (fields.update_uid and attr.st_uid != 0)
+        or (fields.update_gid and attr.st_gid != 0)
+    )
 
 
 def _caller(ctx: RequestContext) -> Caller:

@@ -445,6 +445,10 @@ class LayerRootfs(_RootfsView):
     name = "rootfs"
     parent: "LayerDirectory"
 
+    def exists(self) -> bool:
+        """Not before the image is here."""
+        return self.parent.parent.parent.complete
+
     def content_id(self) -> tuple[Digest, ...]:
         """The layer and those below it: what it deletes depends on them."""
         return self.parent.image.diff_ids[: self.parent.number + 1]

@@ -26,13 +26,17 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.1
 
 
-# Signals that are ignored unless a program asks for them (signal(7)), and whose handlers
-# ask for system calls to go on: the shell that ran `sleep 1 &` and now waits in
-# `echo stop > state` is not to be interrupted by SIGCHLD.
+# Signals that are ignored unless a program asks for them (signal(7)), and those that stop
+# and continue a process. A system call of the kernel's own goes on after them: the shell
+# that ran `sleep 1 &` and now waits in `echo stop > state` is not to be interrupted by
+# SIGCHLD, nor by Ctrl-Z and fg.
 _HARMLESS = sum(
-    1 << (number - 1) for number in (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH)
+    1 << (number - 1)
+    for number in (
+        *(signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH),
+        *(signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT),
+    )
 )
-
 
 # A thread of its own: it must look also when all others hang on a dead disk.
 _THREAD = trio.CapacityLimiter(1)

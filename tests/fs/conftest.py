@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The mountpoint of a served toy tree."""
-    mountpoint = tmp_path_factory.mktemp("toy")
+def toy() -> Iterator[Path]:
+    """The mountpoint of a served toy tree, where other users can reach it."""
+    mountpoint = Path(tempfile.mkdtemp(prefix="ctrfs-toy-"))
+    mountpoint.chmod(0o755)
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.fs.toy", str(mountpoint)], stdout=subprocess.PIPE, text=True
     )
@@ -24,3 +26,4 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert process.wait(10) == 0
         process.stdout.close()
         assert not mountpoint.is_mount()
+        mountpoint.rmdir()
