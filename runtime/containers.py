@@ -1,5 +1,6 @@
 """All containers of one daemon: making, finding, renaming, removing, and adopting them."""
 
+import logging
 import re
 import resource
 import secrets
@@ -18,10 +19,13 @@ from runtime.oci import OciRuntime
 from runtime.records import Record, Records
 from runtime.rootfs import Rootfs
 from runtime.steps import Services, remove_orphans
+from store.errors import CtrfsError
 from store.images import Image
 from store.store import Store
 
 __all__ = ["Container", "Containers"]
+
+log = logging.getLogger(__name__)
 
 # Docker's rule for names, with an upper limit: it is a file name, and mostly the hostname.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -88,8 +92,8 @@ class Containers:
                 yield
             finally:
                 with trio.CancelScope(shield=True):
-                    for container in self._containers.values():
-                        await container.unmount()
+                    for container in list(self._containers.values()):
+                        await _unmount_last(container)
                 nursery.cancel_scope.cancel()
 
     async def _unmount_idle(self) -> None:
@@ -118,7 +122,8 @@ class Containers:
 
     def in_use(self, image: Image) -> str | None:
         """Which container needs an image, in words."""
-        for name, container in self._containers.items():
+        # Asked from other threads, while this one's makes and removes containers.
+        for name, container in list(self._containers.items()):
             if container.uses(image.digest):
                 return f"the container {name}"
         return None
@@ -191,6 +196,14 @@ class Containers:
 
     def _changed(self) -> None:
         self.changed_ns = time.time_ns()
+
+
+async def _unmount_last(container: Container) -> None:
+    """Unmount at the daemon's end, which one bad mount must not spoil for the others."""
+    try:
+        await container.unmount()
+    except (CtrfsError, OSError) as error:
+        log.warning("%s: its root filesystem stays mounted: %s", container.id, error)
 
 
 def _allow_many_descriptors() -> None:

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# A block is read and converted as a whole: 1 ms of work, and an index of 25,000 entries
-# for a gigabyte would be too much by far.
+# What is read and converted as a whole: a millisecond of work, during which no other thread
+# runs. An index of 25,000 entries for a gigabyte would be too much by far.
 _BLOCK = 256 << 10
 
 _HEADER = rb"[0-9]{4}-[0-9-]{5}T[0-9:.]{18}[^ \n]{6} std(?:out|err) "
@@ -30,7 +30,14 @@ _RECORD = re.compile(
     rb"(?P<time>[0-9]{4}-[0-9-]{5}T[0-9:.]{18})(?P<zone>[^ \n]{6}) std(?P<stream>out|err)"
     rb" (?:F (?P<full>[^\n]*\n)|P (?P<part>[^\n]*)\n)|[^\n]*\n"
 )
-_TEXT = re.compile(rb"(?m)^" + _HEADER + rb"(?:F ([^\n]*\n)|P ([^\n]*)\n)|^[^\n]*\n")
+# Text has a coarser test, made of what the engine skips over fastest. No line that was cut
+# and continued by another passes it: the stream's name would not be in its place.
+_HEAD = rb".{10}T.{24} std(?:out %c|err %c) "
+_HEAD_LENGTH = len("2026-01-02T03:04:05.123456789+00:00 stdout F ")
+_FULL, _PART = _HEAD % (b"F", b"F"), _HEAD % (b"P", b"P")
+_TEXT = re.compile(rb"(?m)^(?:" + _FULL + rb"([^\n]*\n)|" + _PART + rb"([^\n]*)\n)|^[^\n]*\n")
+# The lines whose text is not simply all that follows the header.
+_ODD = re.compile(rb"\n(?!" + _FULL + rb")(?:(" + _PART + rb")|([^\n]*))")
 
 # Pieces cut inside a character: the bytes of it that came first, by stream.
 _Carried = dict[bytes, bytes]
@@ -38,43 +45,55 @@ _Carried = dict[bytes, bytes]
 
 @dataclass(slots=True)
 class _View:
-    """One way to show the file: where each block begins in it, and in what is shown."""
+    """One way to show the file: where each block begins in it, and in what is shown.
+
+    ``measure`` says how long what ``convert`` gives will be. All of the file up to ``end``
+    has been measured, each byte once; it is shown in ``size`` bytes.
+    """
 
     convert: Callable[[bytes, _Carried], bytes]
+    measure: Callable[[bytes, _Carried], int]
     file_offsets: list[int] = field(default_factory=lambda: [0])
     offsets: list[int] = field(default_factory=lambda: [0])
     carried: list[_Carried] = field(default_factory=lambda: [{}])
+    end: int = 0
+    size: int = 0
+    carried_at_end: _Carried = field(default_factory=dict)
     # The block converted last, by its number and end: readers go on where they stopped.
     cached: tuple[int, int, bytes] = (-1, 0, b"")
 
-    def block(self, file: int, number: int) -> bytes:
-        """A block as shown. Once it is full, the index gets the beginning of the next."""
-        start = self.file_offsets[number]
-        known = number + 1 < len(self.file_offsets)
-        end = self.file_offsets[number + 1] if known else start + _BLOCK
-        if not known:
-            end = min(end, os.fstat(file).st_size)
-        if self.cached[:2] == (number, end):
-            return self.cached[2]
-        raw = os.pread(file, end - start, start)
-        full = not known and len(raw) == _BLOCK
+    def advance(self, file: int) -> bool:
+        """Measure the next piece of the file; whether there was one."""
+        raw = os.pread(file, _BLOCK, self.end)
         # A line that is not finished yet counts when it is. A block without any newline
         # is nothing that conmon wrote.
         whole = raw.rfind(b"\n") + 1
-        raw = raw[:whole] if whole or not full else raw
-        carried = dict(self.carried[number])
-        shown = self.convert(raw, carried) if whole else b""
-        if full:
-            end = start + len(raw)
-            self.file_offsets.append(end)
-            self.offsets.append(self.offsets[number] + len(shown))
-            self.carried.append(carried)
-        self.cached = (number, end, shown)
-        return shown
+        if not whole and len(raw) < _BLOCK:
+            return False
+        if whole:
+            self.size += self.measure(raw[:whole], self.carried_at_end)
+        self.end += whole or len(raw)
+        if self.end - self.file_offsets[-1] >= _BLOCK // 2:
+            self.file_offsets.append(self.end)
+            self.offsets.append(self.size)
+            self.carried.append(dict(self.carried_at_end))
+        return True
+
+    def block(self, file: int, number: int) -> bytes:
+        """A block as shown, as far as it has been measured."""
+        start = self.file_offsets[number]
+        known = number + 1 < len(self.file_offsets)
+        end = self.file_offsets[number + 1] if known else self.end
+        if self.cached[:2] != (number, end):
+            raw = os.pread(file, end - start, start)
+            raw = raw[: raw.rfind(b"\n") + 1]
+            self.cached = (number, end, self.convert(raw, dict(self.carried[number])))
+        return self.cached[2]
 
     def forget(self) -> None:
         """Begin anew."""
         self.file_offsets, self.offsets, self.carried = [0], [0], [{}]
+        self.end, self.size, self.carried_at_end = 0, 0, {}
         self.cached = (-1, 0, b"")
 
 
@@ -88,8 +107,8 @@ class LogReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._text = _View(_to_text)
-        self._json = _View(_to_json)
+        self._text = _View(_to_text, _text_length)
+        self._json = _View(_to_json, _json_length)
 
     def mtime_ns(self) -> int:
         """When output last came, in nanoseconds since the epoch; 0 before the first."""
@@ -120,16 +139,15 @@ class LogReader:
 
     def _size(self, view: _View) -> int:
         with self._lock, self._opened(view) as file:
-            block = len(view.offsets) - 1
-            while True:
-                shown = view.block(file, block)
-                if block + 1 == len(view.offsets):
-                    return view.offsets[block] + len(shown)
-                block += 1
+            while view.advance(file):
+                pass
+            return view.size
 
     def _read(self, view: _View, offset: int, length: int) -> bytes:
         pieces: list[bytes] = []
         with self._lock, self._opened(view) as file:
+            while view.size < offset + length and view.advance(file):
+                pass
             block = bisect_right(view.offsets, offset) - 1
             while length > 0 and block < len(view.offsets):
                 shown = view.block(file, block)
@@ -145,7 +163,7 @@ class LogReader:
         path = self._path if self._path.exists() else Path(os.devnull)
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if os.fstat(file).st_size < view.file_offsets[-1]:
+            if os.fstat(file).st_size < view.end:
                 view.forget()  # somebody cut the file
             yield file
         finally:
@@ -154,6 +172,15 @@ class LogReader:
 
 def _to_text(raw: bytes, _carried: _Carried) -> bytes:
     return _TEXT.sub(rb"\1\2", raw)
+
+
+def _text_length(raw: bytes, _carried: _Carried) -> int:
+    """The length of what _to_text() gives for whole lines."""
+    length = len(raw) - _HEAD_LENGTH * raw.count(b"\n")
+    for part, rest in _ODD.findall(b"\n" + raw[:-1]):
+        # A newline that was not in the output, or a line that is no record.
+        length -= 1 if part else len(rest) + 1 - _HEAD_LENGTH
+    return length
 
 
 def _to_json(raw: bytes, carried: _Carried) -> bytes:
@@ -173,6 +200,10 @@ def _to_json(raw: bytes, carried: _Carried) -> bytes:
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
+
+
+def _json_length(raw: bytes, carried: _Carried) -> int:
+    return len(_to_json(raw, carried))
 
 
 def _incomplete(content: bytes) -> int:

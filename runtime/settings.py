@@ -7,7 +7,7 @@ file; what cannot be used is refused with InvalidSetting and one sentence.
 
 import posixpath
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -166,7 +166,7 @@ def _check_strings(strings: Iterable[str], what: str) -> None:
     for string in strings:
         if "\0" in string:
             raise InvalidSetting(f"an {what} holds a NUL character")
-        if len(string.encode("utf-8", "surrogateescape")) > _MAX_STRING:
+        if len(string.encode()) > _MAX_STRING:
             raise InvalidSetting(f"an {what} is longer than the kernel's {_MAX_STRING} bytes")
 
 
@@ -361,7 +361,9 @@ def with_text(settings: Settings, name: str, text: str) -> Settings:
     setting = SETTINGS.get(name)
     if setting is None:
         raise InvalidSetting(f"there is no setting {name[:40]!r}")
+    _check_encodable(text)
     value = setting.parse(text) if text.strip() else None
+    _check_document(msgspec.to_builtins(value))  # fstab lines have escapes, too
     return msgspec.structs.replace(settings, **{name: value})
 
 
@@ -389,10 +391,38 @@ def decode_settings(document: bytes) -> Settings:
         read = msgspec.json.decode(document, type=Settings)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidSetting(f"this is no spec document: {error}") from None
+    _check_document(msgspec.to_builtins(read))
     return msgspec.structs.replace(
         read,
         **{name: _checked(name, value) for name, value in msgspec.structs.asdict(read).items()},
     )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a document."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from (key, *_strings(item))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _check_document(value: Any) -> None:
+    for string in _strings(value):
+        _check_encodable(string)
+        if "\0" in string:
+            raise InvalidSetting("a value holds a NUL character")
+
+
+def _check_encodable(text: str) -> None:
+    """Records and runtimes take UTF-8, which has no halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidSetting(f"the text is not UTF-8: {error.reason}") from None
 
 
 def _checked(name: str, value: Any) -> Any:

@@ -177,7 +177,16 @@ def parse_override(document: bytes) -> Document:
     if not isinstance(process.setdefault("user", {}), dict):
         raise InvalidSetting("process.user in config.json is not an object")
     override: Document = parsed
+    _check_encodable(override)
     return override
+
+
+def _check_encodable(override: Document) -> None:
+    """What JSON can escape and UTF-8 cannot say would make each later reading fail."""
+    try:
+        json.dumps(override, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InvalidSetting(f"config.json cannot be written as UTF-8 text: {error}") from None
 
 
 def complete(document: Document, root: Path, cgroup_path: str, user: User | None) -> Document:

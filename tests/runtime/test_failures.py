@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from runtime.container import Container
-from runtime.errors import ContainerBusy
+from runtime.errors import ContainerBusy, MountFailed
 from runtime.processes import find_processes
 from runtime.records import Record, Records
 from runtime.steps import Ending, Steps
@@ -19,6 +19,7 @@ from store.errors import CtrfsError, StorageFailed
 from tests.runtime.support import (
     Room,
     cgroups_of,
+    mounts_below,
     opened,
     processes_of,
     text_of,
@@ -258,3 +259,42 @@ async def test_an_undone_start_leaves_files_to_those_who_use_them(
     await container.start()
     await container.wait()
     assert "made" in text_of(container)
+
+
+# --- the end of the daemon -----------------------------------------------------------
+
+
+@pytest.mark.logs("bad: its root filesystem stays mounted: cannot unmount")
+async def test_one_bad_mount_does_not_spoil_the_end_for_others(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unmount = Steps.unmount
+    async with opened(place) as room:
+        bad, good = await room.make("bad"), await room.make("good")
+        for container in (bad, good):
+            await container.rootfs()
+
+        def fail(self: Steps) -> None:
+            if self.rootfs_path == room.rootfs.container_path(bad.uid):
+                raise MountFailed("cannot unmount it")
+            unmount(self)
+
+        monkeypatch.setattr(Steps, "unmount", fail)
+    assert mounts_below(place / "run/containers") == [str(room.rootfs.container_path(bad.uid))]
+
+
+async def test_who_uses_an_image_can_be_asked_while_containers_come(room: Room) -> None:
+    container = await room.make("first")
+    image = room.store.images.get("box:1")
+    uses = Container.uses
+
+    def uses_and_more(self: Container, digest: str) -> bool:
+        room.containers._containers[f"more-{len(room.containers.list())}"] = container
+        uses(self, digest)
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Container, "uses", uses_and_more)
+        assert room.containers.in_use(image) is None
+    del room.containers._containers["more-1"]
+    assert room.containers.in_use(image) == "the container first"

@@ -252,3 +252,25 @@ def test_signals() -> None:
 def test_every_setting_explains_itself() -> None:
     assert set(SETTINGS) == set(Settings.__struct_fields__)
     assert all(len(setting.help) > 20 for setting in SETTINGS.values())
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+@pytest.mark.parametrize("text", ["a\ud800", "/a\udcff", "K=\ud800", "/a\ud800 /b bind"])
+def test_halves_of_surrogate_pairs_are_refused(name: str, text: str) -> None:
+    with pytest.raises(InvalidSetting):
+        with_text(Settings(), name, text)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        rb'{"args": ["\ud800"]}',
+        rb'{"labels": {"a": "x\u0000b=y"}}',
+        rb'{"labels": {"a\u0000": "x"}}',
+        rb'{"env": ["A=\u0000"]}',
+        rb'{"mounts": [{"type": "bind", "source": "/a\u0000", "destination": "/b"}]}',
+    ],
+)
+def test_documents_with_what_no_setting_can_hold(document: bytes) -> None:
+    with pytest.raises(InvalidSetting):
+        decode_settings(document)

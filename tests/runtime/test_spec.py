@@ -165,3 +165,22 @@ def test_programs_that_are_not_there() -> None:
 def test_documents_are_json() -> None:
     assert json.loads(spec.encode(document(args="é\0"))) == document(args="é\0")
     assert oci.ENVIRONMENT["TZ"] == "UTC"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        rb'"args": ["x", "\ud800"]',
+        rb'"args": ["x"], "env": ["A=\udfff"]',
+        rb'"args": ["x"], "\ud800": 1',
+        rb'"args": ["x"], "user": {"username": "\udc80"}',
+    ],
+)
+def test_a_document_that_could_not_be_read_again_is_refused(rest: bytes) -> None:
+    with pytest.raises(InvalidSetting, match="UTF-8"):
+        spec.parse_override(b'{"process": {' + rest + b"}}")
+
+
+def test_whole_surrogate_pairs_are_characters() -> None:
+    made = spec.parse_override(rb'{"process": {"args": ["\ud83d\ude00"]}}')
+    assert spec.encode(made).decode().count("\U0001f600") == 1
