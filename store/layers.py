@@ -274,8 +274,9 @@ class Layers:
         try:
             tree = stack.tree(position)
         except CorruptContent:
-            with self._lock:
-                self._damaged |= {stack.reading.diff_id}
+            if stack.reading:
+                with self._lock:
+                    self._damaged |= {stack.reading.diff_id}
             raise
         if tree.unresolved:
             raise InvalidLayer(tree.unresolved)
@@ -347,7 +348,7 @@ class _Stack:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
         self.images: list[LayerImage] = []
-        self.reading = layers[0]  # whose index is at fault if one is
+        self.reading: Layer | None = None  # whose index is at fault if one is
         self._trees: list[Tree] = []
         self._copies: list[list[_Copy]] = []
 
