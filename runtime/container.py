@@ -14,9 +14,10 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -51,8 +52,21 @@ from store.errors import CtrfsError
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
+# Steps that may hang, all on one dead network file system that many containers bind. Twice
+# trio's default for all threads, so that some are left for containers with other sources;
+# each costs 8 MiB of addresses and little memory. What they cannot take is what saving and
+# killing need, which use the default one.
+_SLOW_STEPS = trio.CapacityLimiter(80)
+
 # How the end of a run went may be unreadable for a while, as files on a failing disk are.
 _COLLECT_RETRY_SECONDS = 1.0
+
+
+async def _slowly(step: Callable[..., _T], *arguments: object) -> _T:
+    """Run a step that may hang, in a thread that nothing urgent waits for."""
+    return await trio.to_thread.run_sync(step, *arguments, limiter=_SLOW_STEPS)
 
 
 class Container:
@@ -250,7 +264,7 @@ class Container:
         Raises:
             ContainerBusy: there are files, or somebody is in the root filesystem.
         """
-        if not await trio.to_thread.run_sync(self._steps.discard_unused):
+        if not await _slowly(self._steps.discard_unused):
             raise ContainerBusy(
                 f"the rootfs of {self.id} holds files already, over those of its image; make a"
                 " new container for another image"
@@ -332,7 +346,7 @@ class Container:
 
     async def _undo(self) -> None:
         try:
-            await trio.to_thread.run_sync(self._steps.undo, self._record)
+            await _slowly(self._steps.undo, self._record)
         except (CtrfsError, OSError) as error:
             log.warning("%s: undoing a failed start: %s", self.id, error)
 
@@ -340,9 +354,7 @@ class Container:
         self, pinned: Pinned, values: Effective, document: spec.Document
     ) -> tuple[Run, int]:
         """The run, and when it was let go."""
-        creation = await trio.to_thread.run_sync(
-            self._steps.prepare, self._record, pinned, values, document
-        )
+        creation = await _slowly(self._steps.prepare, self._record, pinned, values, document)
         try:
             init = await creation.init(self._services.config.create_timeout)
         finally:
@@ -565,7 +577,7 @@ class Container:
     async def _tidy(self) -> None:
         """Clear away after a run. Needs the lock."""
         if self._untidy:
-            await trio.to_thread.run_sync(self._steps.tidy, self._record)
+            await _slowly(self._steps.tidy, self._record)
             self._untidy = False
 
     async def recover(self) -> None:
@@ -583,14 +595,14 @@ class Container:
     async def _recover(self) -> None:
         record = self._record
         if record.starting:
-            await trio.to_thread.run_sync(self._steps.resolve_start, record)
+            await _slowly(self._steps.resolve_start, record)
         if self.is_running and record.run is not None:
             if not record.run.conmon.is_running():
                 await self._collect(record.run)
             else:
                 frozen = await trio.to_thread.run_sync(self._steps.is_frozen)
                 record.state = "paused" if frozen else "running"
-        elif await trio.to_thread.run_sync(self._steps.has_leftovers):
+        elif await _slowly(self._steps.has_leftovers):
             self._untidy = True
         async with self._lock:
             await self._tidy()
@@ -649,7 +661,7 @@ class Container:
         if pinned is None:
             return b""
         try:
-            return await trio.to_thread.run_sync(self._steps.changes, pinned)
+            return await _slowly(self._steps.changes, pinned)
         except OSError as error:
             raise RuntimeFailure(f"cannot compare: {error.strerror}", errno=error.errno) from error
 
@@ -666,7 +678,7 @@ class Container:
             if pinned is None:
                 pinned = self._pin()
                 await self._commit(image=pinned)
-            return await trio.to_thread.run_sync(self._steps.mount, pinned)
+            return await _slowly(self._steps.mount, pinned)
 
     def uses(self, digest: str) -> bool:
         """Whether it needs the image with this manifest digest."""
@@ -682,7 +694,7 @@ class Container:
         """Unmount the root filesystem if it does not run and nobody uses it."""
         async with self._lock:
             if not self.is_running:
-                await trio.to_thread.run_sync(self._steps.unmount)
+                await _slowly(self._steps.unmount)
 
     async def unmount_if_idle(self) -> None:
         """Unmount the root filesystem of a container that does not run and is not looked at."""
@@ -690,7 +702,7 @@ class Container:
             return
         async with self._lock:
             if not self.is_running:
-                await trio.to_thread.run_sync(self._steps.unmount_idle)
+                await _slowly(self._steps.unmount_idle)
 
     # --- for Containers --------------------------------------------------------------
 
@@ -710,7 +722,7 @@ class Container:
                 self._check_exists()
                 self._check_stopped("removed")
                 await self._tidy()
-                await trio.to_thread.run_sync(self._steps.destroy)
+                await _slowly(self._steps.destroy)
                 self._removed = True
                 self._ended.set()
                 self._emit("remove")

@@ -104,10 +104,6 @@ class OciRuntime:
         """Freeze all its processes."""
         await self._command("pause", uid)
 
-    async def resume(self, uid: str) -> None:
-        """Let them go on."""
-        await self._command("resume", uid)
-
     def delete(self, uid: str, *, hooks: bool) -> None:
         """Forget a container whose processes are gone. Blocks. Idempotent.
 

@@ -297,12 +297,19 @@ class Steps:
 
     def delete_files(self) -> None:
         """Delete what is left on disk of a container that is not recorded (any more)."""
+        self._unmount_views()
         for directory in (self._run, self._state):
             try:
                 remove_tree(directory)
             except OSError as error:
                 # The next start of the daemon tries again.
                 log.warning("cannot delete %s: %s", directory, error.strerror)
+
+    def _unmount_views(self) -> None:
+        """Unmount what changes() has left when the daemon was killed meanwhile."""
+        for lower in self._run.glob("lower-*"):
+            with suppress(OSError):  # not mounted (any more)
+                self._services.rootfs.unmount_view(str(lower))
 
     def unmount(self) -> None:
         """Unmount the root filesystem unless somebody uses it."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import trio
 
 from runtime.container import Container
-from runtime.errors import ContainerBusy, MountFailed
+from runtime.errors import ContainerBusy, MountFailed, StartFailed
 from runtime.processes import find_processes
 from runtime.records import Record, Records
 from runtime.steps import Ending, Steps
@@ -298,3 +299,52 @@ async def test_who_uses_an_image_can_be_asked_while_containers_come(room: Room) 
         assert room.containers.in_use(image) is None
     del room.containers._containers["more-1"]
     assert room.containers.in_use(image) == "the container first"
+
+
+# --- file systems that hang ----------------------------------------------------------
+
+
+async def test_starts_that_hang_leave_threads_for_saving_and_killing(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await room.make("running", "sleep", "100")
+    await running.start()
+    stuck = [await room.make(f"stuck{n}", "true") for n in range(50)]
+    over = threading.Event()
+
+    def hang(*arguments: object) -> None:
+        over.wait()
+        raise StartFailed("it hung")
+
+    async def start(container: Container) -> None:
+        with pytest.raises(StartFailed):
+            await container.start()
+
+    monkeypatch.setattr(Steps, "prepare", hang)
+    async with trio.open_nursery() as nursery:
+        try:
+            for container in stuck:
+                nursery.start_soon(start, container)
+            await trio.sleep(0.2)
+            with trio.fail_after(5):
+                await room.containers.create("another")
+                await running.kill()
+        finally:
+            over.set()
+    assert running.exit_code == 137
+
+
+async def test_views_that_a_killed_daemon_left_are_unmounted_before_files_go(
+    room: Room, place: Path
+) -> None:
+    container = await room.make("viewed", "true")
+    await container.start()
+    await container.wait()
+    left = place / "run/containers" / container.uid / "lower-1"
+    left.mkdir()
+    assert container._record.image is not None
+    layers = room.store.layers.mountable(container._record.image.diff_ids)
+    room.rootfs.image_view(layers, str(left))
+    await room.containers.remove("viewed")
+    assert not left.exists()
+    assert not mounts_below(place / "run/containers")
