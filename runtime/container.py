@@ -676,6 +676,9 @@ class Container:
             await self._tidy()
             pinned = self._record.image
             if pinned is None:
+                if not self._record.settings.image:
+                    # Whoever lists a new container looks at this; nothing has gone wrong.
+                    raise ContainerNotFound(f"{self.id} has no image yet, so it has no files")
                 pinned = self._pin()
                 await self._commit(image=pinned)
             return await _slowly(self._steps.mount, pinned)

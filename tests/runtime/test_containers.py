@@ -745,8 +745,9 @@ async def test_a_tag_that_moves_does_not_move_the_container(room: Room) -> None:
 
 async def test_no_rootfs_without_image(room: Room) -> None:
     container = await room.containers.create("bare")
-    with pytest.raises(InvalidSetting):
+    with pytest.raises(ContainerNotFound, match="no image yet"):
         await container.rootfs()
+    assert container.error == ""
     assert await container.changes() == b""
 
 
