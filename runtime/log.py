@@ -121,10 +121,6 @@ class LogReader:
         """Bytes of output so far."""
         return self._size(self._text)
 
-    def json_size(self) -> int:
-        """Bytes of JSON Lines so far."""
-        return self._size(self._json)
-
     def read_text(self, offset: int, length: int) -> bytes:
         """Output, byte for byte, both streams in the order in which they came."""
         return self._read(self._text, offset, length)

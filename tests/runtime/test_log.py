@@ -38,7 +38,7 @@ def texts(reader: LogReader) -> list[tuple[str, str]]:
 
 def test_before_the_first_output(path: Path) -> None:
     reader = LogReader(path)
-    assert (reader.text_size(), reader.json_size(), reader.mtime_ns()) == (0, 0, 0)
+    assert (reader.text_size(), reader.mtime_ns()) == (0, 0)
     assert reader.read_text(0, 10) == reader.read_json(5, 10) == b""
 
 
@@ -127,9 +127,8 @@ def test_any_offset_while_it_grows(path: Path) -> None:
         for _ in range(5):
             offset, length = chance.randrange(len(text) + 10), chance.randrange(300_000)
             assert reader.read_text(offset, length) == bytes(text[offset : offset + length])
-    size = reader.json_size()
-    whole = reader.read_json(0, size + 1)
-    assert len(whole) == size
+    whole = reader.read_json(0, 1 << 40)
+    size = len(whole)
     for line in whole.splitlines():
         json.loads(line)
     fresh = LogReader(path)
