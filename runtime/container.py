@@ -724,8 +724,7 @@ class Container:
             async with self._lock:
                 self._check_exists()
                 self._check_stopped("removed")
-                await self._tidy()
-                await _slowly(self._steps.destroy)
+                await _slowly(self._steps.destroy, self._record)
                 self._removed = True
                 self._ended.set()
                 self._emit("remove")

@@ -18,7 +18,7 @@ from runtime.errors import ContainerExists, ContainerNotFound, InvalidName
 from runtime.oci import OciRuntime
 from runtime.records import Record, Records
 from runtime.rootfs import Rootfs
-from runtime.steps import Services, remove_orphans
+from runtime.steps import Services, prepare_directories, put_aside_orphans
 from store.errors import CtrfsError
 from store.images import Image
 from store.store import Store
@@ -80,12 +80,13 @@ class Containers:
         _allow_many_descriptors()
         async with trio.open_nursery() as nursery:
             self._background = Background(nursery)
+            await trio.to_thread.run_sync(prepare_directories, self._services)
             for record in await trio.to_thread.run_sync(self._services.records.load):
                 container = Container(self._services, self._background, record)
                 await container.recover()
                 self._containers[record.id] = container
             known = [container.uid for container in self._containers.values()]
-            await trio.to_thread.run_sync(remove_orphans, self._services, known)
+            await trio.to_thread.run_sync(put_aside_orphans, self._services, known)
             nursery.start_soon(self._unmount_idle)
             self._services.store.images.in_use = self.in_use
             try:

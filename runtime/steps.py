@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 # file system in the kernel.
 _KILL_SECONDS = 5.0
 
+# After the name of the directory of a container whose removal has begun.
+_REMOVED = ".removed"
+
 # What `wait` gives when nobody knows: containerd's number for an unknown exit status.
 UNKNOWN_EXIT = 255
 _KILLED_EXIT = 137
@@ -80,6 +83,8 @@ class Steps:
         self.cgroup_path = f"{services.config.cgroup_parent.rstrip('/')}/{uid}"
         self._cgroup = Cgroup(self.cgroup_path)
         self.log = LogReader(self._state / "log")
+        self._removed = services.root / f"{uid}{_REMOVED}"
+        self._lost = services.root.parent / "lost+found" / uid
         self.rootfs_path = services.rootfs.container_path(uid)
         self.attach_path = self._place.attach
 
@@ -110,6 +115,8 @@ class Steps:
 
     def mount(self, pinned: Pinned) -> Path:
         """Mount the root filesystem unless it is there."""
+        if self._removed.exists():
+            raise ContainerBusy("its files are deleted already; rmdir it once more")
         self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
         upper, work = self._state / "upper", self._state / "work"
         # Overlayfs shows the upper directory's own attributes for the root, not the image's.
@@ -285,31 +292,57 @@ class Steps:
 
     # --- removal ---------------------------------------------------------------------
 
-    def destroy(self) -> None:
-        """Unmount and forget the container, then delete its files.
+    def destroy(self, record: Record) -> None:
+        """Clear away after its last run, unmount it, delete its files, and forget it.
+
+        The files go first, because on a full disk only that makes room to forget it. Their
+        directory, renamed, stays until it is forgotten: it says that a removal has begun.
 
         Raises:
             ContainerBusy: its root filesystem is in use; nothing has changed.
+            StorageFailed: it cannot be forgotten; removing it can be tried again.
         """
+        self._clear_away(spec_has_hooks=record.override is not None)
         self._services.rootfs.unmount(self._uid)
-        self._services.records.delete(self._uid)
-        self.delete_files()
+        with suppress(FileNotFoundError):
+            self._state.rename(self._removed)
+        self.complete_removal()
 
-    def delete_files(self) -> None:
-        """Delete what is left on disk of a container that is not recorded (any more)."""
-        self._unmount_views()
-        for directory in (self._run, self._state):
-            try:
-                remove_tree(directory)
-            except OSError as error:
-                # The next start of the daemon tries again.
-                log.warning("cannot delete %s: %s", directory, error.strerror)
+    def complete_removal(self) -> None:
+        """The rest of destroy(), which may be repeated."""
+        self._delete_run()
+        if self._removed.exists():
+            for entry in self._removed.iterdir():
+                _delete(entry)
+        with self._services.store.ballast.dropped():
+            self._services.records.delete(self._uid)
+        _delete(self._removed)
 
-    def _unmount_views(self) -> None:
-        """Unmount what changes() has left when the daemon was killed meanwhile."""
+    def give_up_orphan(self) -> None:
+        """Put aside the files of a container that no record knows, unless it runs."""
+        conmon = self._place.find_conmon()
+        if conmon is not None:
+            log.warning(
+                "the container %s runs (conmon %d) but is not recorded; end that process, and its"
+                " files will be kept in %s",
+                self._uid,
+                conmon.pid,
+                self._lost,
+            )
+            return
+        self.unmount()
+        self._delete_run()
+        if self._state.exists():
+            self._lost.parent.mkdir(mode=0o700, exist_ok=True)
+            self._state.rename(self._lost)
+            log.warning("no record knows the container %s; its files: %s", self._uid, self._lost)
+
+    def _delete_run(self) -> None:
         for lower in self._run.glob("lower-*"):
+            # What changes() has left when the daemon was killed meanwhile.
             with suppress(OSError):  # not mounted (any more)
                 self._services.rootfs.unmount_view(str(lower))
+        _delete(self._run)
 
     def unmount(self) -> None:
         """Unmount the root filesystem unless somebody uses it."""
@@ -321,18 +354,35 @@ class Steps:
         self._services.rootfs.unmount_idle(self._uid)
 
 
-def remove_orphans(services: Services, known: Iterable[str]) -> None:
-    """Delete files of containers that are not recorded: a removal that was cut short."""
-    kept = set(known)
+def prepare_directories(services: Services) -> None:
+    """Make the directories of containers, and complete removals that were cut short."""
     for parent in (services.root, services.run):
         # A program that a container made set-user-ID must be out of reach for users of the host.
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         parent.chmod(0o700)
+    for removed in services.root.glob(f"*{_REMOVED}"):
+        Steps(services, removed.name.removesuffix(_REMOVED)).complete_removal()
+
+
+def put_aside_orphans(services: Services, known: Iterable[str]) -> None:
+    """Look after what is left of containers that no record knows, as after the loss of the
+    database. What users may still want is kept."""
+    kept = set(known)
+    for parent in (services.root, services.run):
         for directory in parent.iterdir():
             if directory.name not in kept:
-                with suppress(ContainerBusy):
-                    services.rootfs.unmount(directory.name)
-                    Steps(services, directory.name).delete_files()
+                Steps(services, directory.name).give_up_orphan()
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or tree; what cannot be deleted is left for the next start."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("cannot delete %s: %s", path, error.strerror)
 
 
 def _check_source(volume: Volume) -> None:

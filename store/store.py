@@ -4,6 +4,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from store.ballast import Ballast
 from store.cas import Cas, Digest
 from store.config import StoreConfig
 from store.db import Database
@@ -37,7 +38,9 @@ class Store:
                 root.chmod(0o711)
             self._lock = _lock(root)
             try:
-                self.db = Database(root / "ctrfs.db")
+                self.ballast = Ballast(root / "ballast")
+                with self.ballast.dropped():
+                    self.db = Database(root / "ctrfs.db")
                 self.cas = Cas(root)
                 self.images = Images(self.db)
                 self.layers = Layers(root / "layers", config.layers)

@@ -418,3 +418,31 @@ def test_disk_full_while_pulling(
             assert not (full.path / "images" / reference).exists()
         finally:
             full.destroy()
+
+
+def test_a_container_that_fills_the_disk_can_be_removed(busybox: str, tmp_path: Path) -> None:
+    full = Mount(tmp_path)
+    with mounted("tmpfs", full.root, "tmpfs", "size=16m,mode=0711"):
+        try:
+            full.start()
+            full.pull(busybox)
+            full.container("greedy", busybox, "sh", "-c", "cat /dev/zero > /big; exec sleep 100")
+            full.write("containers/greedy/state", "start")
+            wait_until(lambda: os.statvfs(full.root).f_bavail == 0)
+            full.kill()
+            full.start()
+            assert full.read("containers/greedy/state") == "running"
+            full.write("containers/greedy/state", "kill")
+            (full.path / "containers/greedy").rmdir()
+            assert full.run_container("next", busybox, "sh", "-c", "echo room") == (0, "room")
+        finally:
+            full.destroy()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return once the condition holds."""
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it never was so")

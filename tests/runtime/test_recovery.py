@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from runtime.processes import Process
+from runtime.processes import Process, command_line
 from runtime.records import Records, Run
 from tests.runtime.support import (
     Room,
@@ -221,16 +221,49 @@ async def test_process_ids_of_others_are_never_trusted(place: Path) -> None:
         await bystander.wait()
 
 
-async def test_a_removal_that_was_cut_short_is_completed(place: Path) -> None:
+@pytest.mark.parametrize("forgotten", [False, True])
+async def test_a_removal_that_was_cut_short_is_completed(place: Path, forgotten: bool) -> None:
     async with opened(place) as room:
         container = await room.make("half", "sh", "-c", "mkdir -p /a/b; echo x > /a/b/c")
         await container.start()
         await container.wait()
         async with container._lock:
-            Records(room.store.db).delete(container.uid)
+            state = place / "root/containers" / container.uid
+            state.rename(state.with_name(f"{container.uid}.removed"))
+            if forgotten:
+                Records(room.store.db).delete(container.uid)
     async with after(place) as room:
         assert room.containers.list() == []
         nothing_left(place)
+
+
+@pytest.mark.logs("no record knows the container")
+async def test_files_outlive_the_loss_of_the_database(place: Path) -> None:
+    async with opened(place) as room:
+        container = await room.make("lost", "sh", "-c", "echo precious > /data")
+        await container.start()
+        await container.wait()
+    for file in (place / "root").glob("ctrfs.db*"):
+        file.unlink()
+    async with after(place) as room:
+        assert room.containers.list() == []
+        kept = place / "root/lost+found" / container.uid / "upper/data"
+        assert kept.read_text() == "precious\n"
+
+
+@pytest.mark.logs("runs .* but is not recorded")
+async def test_what_runs_outlives_the_loss_of_the_database(place: Path) -> None:
+    async with opened(place) as room:
+        container = await room.make("lost", "sleep", "100")
+        await container.start()
+        pid = container.pid
+        assert pid is not None
+    for file in (place / "root").glob("ctrfs.db*"):
+        file.unlink()
+    async with opened(place) as room:
+        assert room.containers.list() == []
+    assert "sleep" in command_line(pid)
+    assert "upper" in os.listdir(place / "root/containers" / container.uid)
 
 
 @pytest.mark.parametrize("command", ["sleep", "true"])
