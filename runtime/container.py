@@ -309,7 +309,21 @@ class Container:
                 await self._tidy()
                 await self._launch()
 
+    async def _follow_name(self) -> None:
+        """Take the image that the name means now, when only looking has chosen another.
+
+        Who looks at the root filesystem before the first start has it mounted, and so has
+        chosen the image for it. As long as nothing was put into it, nobody meant that.
+        """
+        pinned = self._record.image
+        if pinned is None or self.state != "created":
+            return
+        with suppress(CtrfsError):  # the name is gone, or somebody is still looking
+            if self._pin().digest != pinned.digest and await _slowly(self._steps.discard_unused):
+                await self._commit(image=None)
+
     async def _launch(self) -> None:
+        await self._follow_name()
         record = self._record
         pinned = record.image or self._pin()
         values = effective(record.settings, pinned.config, self.id)

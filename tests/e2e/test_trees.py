@@ -86,3 +86,25 @@ def test_the_image_is_read_only_and_harmless(mount: Mount, debian: str) -> None:
     with pytest.raises(PermissionError):
         (image / "odd/null").open("rb")
     assert os.statvfs(image).f_flag & (os.ST_NOSUID | os.ST_NODEV) == os.ST_NOSUID | os.ST_NODEV
+
+
+def test_looking_chooses_no_image(mount: Mount, tmp_path: Path) -> None:
+    """Until something is put into the root filesystem, the name counts."""
+    layout = OciLayout(tmp_path / "oci")
+    shell = Path("/bin/busybox").read_bytes()
+    for tag in ("old", "new"):
+        files = {"etc/": b"", "etc/word": tag.encode(), "bin/": b"", "bin/sh": shell}
+        layout.tag(tag, layout.image(tar_of(files)))
+    name = "localhost/looked:1"
+    mount.pull(f"oci:{layout.path}:old as={name}")
+    looked = mount.container("looked", name, "sh", "-c", "read word < /etc/word; echo $word")
+    written = mount.container("written", name, "sh", "-c", "read word < /etc/word; echo $word")
+    assert (looked / "rootfs/etc/word").read_text() == "old"
+    (written / "rootfs/etc/own").write_text("mine")
+    mount.pull(f"oci:{layout.path}:new as={name}")
+    for container, expected in (("looked", "new"), ("written", "old")):
+        mount.write(f"containers/{container}/state", "start")
+        mount.read(f"containers/{container}/wait")
+        assert mount.read(f"containers/{container}/log") == expected
+        mount.remove(container)
+    (mount.path / "images" / name).rmdir()
