@@ -363,6 +363,8 @@ def with_text(settings: Settings, name: str, text: str) -> Settings:
         raise InvalidSetting(f"there is no setting {name[:40]!r}")
     _check_encodable(text)
     value = setting.parse(text) if text.strip() else None
+    if value in ((), {}):  # nothing but comments
+        value = None
     _check_document(msgspec.to_builtins(value))  # fstab lines have escapes, too
     return msgspec.structs.replace(settings, **{name: value})
 

@@ -127,6 +127,10 @@ def test_what_cannot_be_set(name: str, text: str) -> None:
     assert failure.value.sentence.isprintable()
 
 
+def test_nothing_but_comments_is_nothing() -> None:
+    assert with_text(Settings(), "mounts", "# none\n") == Settings()
+
+
 @given(name=st.sampled_from(sorted(SETTINGS)), text=st.text())
 def test_any_text_is_taken_or_refused_and_then_reads_back(name: str, text: str) -> None:
     try:
