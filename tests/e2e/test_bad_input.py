@@ -21,7 +21,8 @@ from tests.support.layouts import GZIP, MANIFEST, OciLayout, compress, sha256, t
 from tests.support.mount import Mount
 from tests.support.mounting import mounted
 from tests.support.proxy import Endless, Proxy, cut_after, stall, stall_after
-from tests.support.registry import Registry, free_port
+from tests.support.registry import Registry
+from tools.registry import free_port
 
 FILES = tar_of({"etc/": b"", "etc/name": b"x" * 1000})
 

@@ -59,7 +59,8 @@ from tests.support.layouts import (
     tar_of,
 )
 from tests.support.proxy import Endless, Proxy
-from tests.support.registry import Registry, free_port
+from tests.support.registry import Registry
+from tools.registry import free_port
 
 FILES = {"etc/": b"", "etc/motd": b"hello\n", "bin/": b"", "bin/x": bytes(100_000)}
 

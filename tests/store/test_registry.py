@@ -31,8 +31,9 @@ from store.registry import Registry as Client
 from tests.support import proxy as faults
 from tests.support.layouts import GZIP, OciLayout, tar_of
 from tests.support.proxy import Endless, Proxy
-from tests.support.registry import PASSWORD, USER, Registry, free_port
+from tests.support.registry import PASSWORD, USER, Registry
 from tests.support.tokens import TokenServer
+from tools.registry import free_port
 
 
 @pytest.fixture

@@ -13,19 +13,12 @@ import requests
 
 from tests.support.layouts import Descriptor, OciLayout
 from tests.support.tokens import TokenServer, make_certificate
+from tools.registry import free_port
 
 USER = "ada"
 PASSWORD = "correct horse"
 # bcrypt of PASSWORD, the only kind that the registry takes, at the lowest cost.
 _HTPASSWD = f"{USER}:$2b$04$abcdefghijklmnopqrstuujydOTSfIH/d5oUHpsygqV5X9xJLQc6e\n"
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass
