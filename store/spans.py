@@ -1,0 +1,292 @@
+"""Where the contents of a lazy layer's data file come from: its span table.
+
+A *span* is a range of the blob that can be inflated by itself; a *piece* is a part of the data
+file that comes out of one span. Spans cover the blob without gaps: what holds only tar headers,
+a table of contents or padding is a span without pieces. Pieces are sorted by their place in
+the data file, which is also the order of their spans.
+
+The file ``spans`` of a layer, little endian, made once and then only read, through a mapping,
+so that a process can serve many layers without their tables in its memory:
+
+    header    magic ``ctrfsspn``, u32 version, u8 codec, 3 bytes 0, u64 size of the blob, u64 size
+              of the data file, u64 blob offset before which spans are wanted at start, u64 number
+              of spans, u64 number of pieces, padded to 64 bytes
+    spans     80 bytes each, see ``Span``
+    pieces    64 bytes each, see ``Piece``
+    windows   the history that spans of codec DEFLATE start from, compressed with zstd
+"""
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import zstandard
+
+from store.errors import CorruptContent, InvalidLayer
+
+MAGIC = b"ctrfsspn"
+VERSION = 1
+
+_HEAD = struct.Struct("<8sIB3xQQQQQ8x")
+_SPAN = struct.Struct("<QQQIIQIBB2x32s")
+_PIECE = struct.Struct("<QQQI4x32s")
+_TARGET = struct.Struct("<Q")
+_NONE = bytes(32)
+
+# A deflate stream looks back at most this far (RFC 1951).
+WINDOW = 32 << 10
+
+
+class Codec(IntEnum):
+    """How the spans of a table are inflated: gzip members, zstd frames, raw deflate from a
+    recorded state on, or not at all."""
+
+    GZIP = 1
+    ZSTD = 2
+    DEFLATE = 3
+    PLAIN = 4
+
+
+class Span(msgspec.Struct, gc=False):
+    """Bytes ``start`` to ``end`` of the blob.
+
+    ``size`` is how many bytes come out of it that somebody wants: inflating stops there.
+    ``digest`` (32 bytes of SHA-256) is that of those bytes; all zeros where each piece has
+    its own. ``bits`` and ``lead`` are for DEFLATE: so many of the highest bits of the byte before
+    ``start``, whose value is ``lead``, belong to the span. ``first`` and ``count`` say which
+    pieces are its own.
+    """
+
+    start: int
+    end: int
+    size: int = 0
+    digest: bytes = _NONE
+    bits: int = 0
+    lead: int = 0
+    window: bytes = b""
+    first: int = 0
+    count: int = 0
+
+
+class Piece(msgspec.Struct, gc=False):
+    """``size`` bytes at ``target`` in the data file, ``inner`` bytes into their inflated span.
+
+    ``digest`` is that of the piece, or all zeros where the span has one.
+    """
+
+    target: int
+    size: int
+    inner: int = 0
+    digest: bytes = _NONE
+    span: int = 0
+
+
+class SpanWriter:
+    """Collects spans with their pieces, in the blob's order, and writes the table.
+
+    Args:
+        codec: of all spans.
+        blob_size: in bytes.
+    """
+
+    def __init__(self, codec: Codec, blob_size: int) -> None:
+        self._codec = codec
+        self._blob_size = blob_size
+        self._spans: list[bytes] = []
+        self._pieces: list[bytes] = []
+        self._windows = bytearray()
+        self._compressor = zstandard.ZstdCompressor(level=3)
+        self._end = 0  # of the latest span
+        self._target = 0  # end of the latest piece
+        self.prefetch_end = 0
+
+    def add(self, span: Span, pieces: list[Piece]) -> None:
+        """Append a span; what lies between it and the one before becomes one without pieces.
+
+        Raises:
+            InvalidLayer: it overlaps another, leads out of the blob, or its pieces do not
+                lie in it in order.
+        """
+        if not self._end <= span.start < span.end <= self._blob_size:
+            raise InvalidLayer(
+                f"the layer's table of contents names the bytes {span.start} to {span.end}, which "
+                f"overlap others or lie outside of the {self._blob_size} bytes of the layer; "
+                "do not trust this image"
+            )
+        if span.start > self._end:
+            self._append(Span(self._end, span.start))
+        for piece in pieces:
+            if piece.target < self._target or piece.inner + piece.size > span.size:
+                raise InvalidLayer(
+                    "the layer's table of contents has contents that overlap or are longer than "
+                    "what holds them; do not trust this image"
+                )
+            self._target = piece.target + piece.size
+        span.first, span.count = len(self._pieces), len(pieces)
+        self._append(span)
+        number = len(self._spans) - 1
+        self._pieces += [
+            _PIECE.pack(piece.target, piece.size, piece.inner, number, piece.digest)
+            for piece in pieces
+        ]
+
+    def _append(self, span: Span) -> None:
+        self._end = span.end
+        window = self._compressor.compress(span.window) if span.window else b""
+        self._spans.append(
+            _SPAN.pack(
+                span.start,
+                span.end,
+                span.size,
+                span.first,
+                span.count,
+                len(self._windows),
+                len(window),
+                span.bits,
+                span.lead,
+                span.digest,
+            )
+        )
+        self._windows += window
+
+    def write(self, file: BinaryIO, data_size: int) -> None:
+        """Write the whole table.
+
+        Args:
+            data_size: of the data file, in bytes.
+        """
+        if self._end < self._blob_size:
+            self._append(Span(self._end, self._blob_size))
+        file.write(
+            _HEAD.pack(
+                MAGIC,
+                VERSION,
+                self._codec,
+                self._blob_size,
+                data_size,
+                self.prefetch_end,
+                len(self._spans),
+                len(self._pieces),
+            )
+        )
+        file.writelines(self._spans)
+        file.writelines(self._pieces)
+        file.write(self._windows)
+
+
+class SpanTable:
+    """A table, mapped into memory. Safe to use from several threads.
+
+    Attributes:
+        codec, blob_size, data_size, prefetch_end: see the head of the module.
+        spans, pieces: their numbers.
+
+    Raises:
+        CorruptContent: the file is no such table, or cut short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < _HEAD.size:
+                raise self._corrupt()
+            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        head = _HEAD.unpack_from(self._map, 0)
+        if head[:2] != (MAGIC, VERSION) or head[2] not in set(Codec):
+            raise self._corrupt()
+        self.codec = Codec(head[2])
+        self.blob_size, self.data_size, self.prefetch_end = head[3:6]
+        self.spans: int = head[6]
+        self.pieces: int = head[7]
+        self._pieces_at = _HEAD.size + self.spans * _SPAN.size
+        self._windows_at = self._pieces_at + self.pieces * _PIECE.size
+        if size < self._windows_at:
+            raise self._corrupt()
+
+    def _corrupt(self) -> CorruptContent:
+        return CorruptContent(
+            f"the span table {self.path} is damaged or of another version; pull the image again"
+        )
+
+    def close(self) -> None:
+        """Let go of the mapping."""
+        self._map.close()
+
+    def span(self, number: int) -> Span:
+        """A span, without its window."""
+        fields = _SPAN.unpack_from(self._map, _HEAD.size + number * _SPAN.size)
+        start, end, size, first, count, _, _, bits, lead, digest = fields
+        return Span(start, end, size, digest, bits, lead, b"", first, count)
+
+    def window(self, number: int) -> bytes:
+        """The history that span ``number`` starts from. Raises CorruptContent."""
+        fields = _SPAN.unpack_from(self._map, _HEAD.size + number * _SPAN.size)
+        at, length = self._windows_at + fields[5], fields[6]
+        if not length:
+            return b""
+        try:
+            decompressor = zstandard.ZstdDecompressor()
+            window = decompressor.decompress(self._map[at : at + length], max_output_size=WINDOW)
+        except zstandard.ZstdError:
+            raise self._corrupt() from None
+        return window[-WINDOW:]
+
+    def range_of(self, number: int) -> tuple[int, int]:
+        """Where a span begins and ends in the blob."""
+        start, end = struct.unpack_from("<QQ", self._map, _HEAD.size + number * _SPAN.size)
+        return start, end
+
+    def piece(self, number: int) -> Piece:
+        """A piece."""
+        target, size, inner, span, digest = _PIECE.unpack_from(
+            self._map, self._pieces_at + number * _PIECE.size
+        )
+        return Piece(target, size, inner, digest, span)
+
+    def pieces_of(self, span: Span) -> Iterator[Piece]:
+        """The pieces of a span."""
+        return map(self.piece, range(span.first, span.first + span.count))
+
+    def spans_for(self, offset: int, length: int) -> range:
+        """Numbers of the spans that bytes of the data file come from; empty if from none."""
+        first = self._piece_after(offset)
+        last = first
+        end = offset + length
+        while last < self.pieces and self._target(last) < end:
+            last += 1
+        if first == last:
+            return range(0)
+        return range(self.piece(first).span, self.piece(last - 1).span + 1)
+
+    def span_at(self, blob_offset: int) -> int:
+        """The number of the span that holds a byte of the blob."""
+        low, high = 0, self.spans
+        while low < high:
+            middle = (low + high) // 2
+            if self.range_of(middle)[1] <= blob_offset:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _target(self, number: int) -> int:
+        target: int = _TARGET.unpack_from(self._map, self._pieces_at + number * _PIECE.size)[0]
+        return target
+
+    def _piece_after(self, offset: int) -> int:
+        """The first piece that ends after ``offset``."""
+        low, high = 0, self.pieces
+        while low < high:
+            middle = (low + high) // 2
+            piece = self.piece(middle)
+            if piece.target + piece.size <= offset:
+                low = middle + 1
+            else:
+                high = middle
+        return low
