@@ -6,6 +6,7 @@ Memory is bounded by what the span table says comes out, whatever the bytes are.
 import hashlib
 import zlib
 from collections.abc import Iterator
+from typing import cast
 
 import zstandard
 from isal import isal_zlib
@@ -15,6 +16,9 @@ from store.inflate import ZSTD_WINDOW
 from store.spans import Codec, Piece, Span, SpanTable
 
 _UNSET = bytes(32)
+
+# isal's type stubs call this an instance.
+_ISAL_ERROR = cast(type[Exception], isal_zlib.error)
 
 
 def inflate_pieces(
@@ -71,7 +75,7 @@ def _inflate(table: SpanTable, number: int, span: Span, blob: bytes | memoryview
                 return _deflate(blob, span, table.window(number))
             case Codec.PLAIN:
                 return bytes(blob[: span.size])
-    except (zlib.error, isal_zlib.error, zstandard.ZstdError) as error:
+    except (zlib.error, _ISAL_ERROR, zstandard.ZstdError) as error:
         raise _wrong(span, f"can't be inflated ({error})") from None
 
 
