@@ -1,13 +1,14 @@
 """images/<name>/: everything that one image is."""
 
-from collections.abc import Iterable
+import errno
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING
 
 import trio
 
 from fs.context import Context
 from fs.layers import Layers, RootfsView
-from fs.nodes import BytesFile, Directory, TextFile
+from fs.nodes import BytesFile, Caller, CommandFile, Directory, TextFile, refuse
 from store.cas import Digest
 from store.errors import ImageNotFound
 from store.events import rfc3339
@@ -241,8 +242,9 @@ class ConfigJson(_Document):
 
 
 class State(_Value):
-    """`complete`, `pulling N%`, or `corrupt` with the digests of blobs that were found damaged;
-    pull the image again to mend it."""
+    """`complete`; `lazy N%` while only so much of the layers is here and the rest comes when it
+    is read; `pulling N%`; or `corrupt` with the digests of blobs that were found damaged: pull
+    the image again to mend it."""
 
     name = "state"
 
@@ -252,8 +254,37 @@ class State(_Value):
         for progress in context.pulls.progress():
             if progress.name == self.parent.full_name and not self.parent.complete:
                 return f"pulling {progress.percent}%"
-        damaged = context.store.damaged(self.image)
-        return "corrupt " + " ".join(damaged) if damaged else "complete"
+        image = self.image
+        damaged = context.store.damaged(image)
+        if damaged:
+            return "corrupt " + " ".join(damaged)
+        percent = context.store.percent(image)
+        return "complete" if percent is None else f"lazy {percent}%"
+
+
+class Fetch(_Value, CommandFile):
+    """Write `all`, or a path in the image, to have the image's content here now, or that of a
+    file or of all files below a directory; the write returns when it is. Reading gives
+    `all` when everything is here, and nothing before."""
+
+    name = "fetch"
+
+    def read(self) -> str:
+        """What can be written back."""
+        return "all" if self.parent.context.store.percent(self.image) is None else ""
+
+    async def command(self, text: str, caller: Caller) -> None:
+        """Fetch."""
+        context, image = self.parent.context, self.image
+        if not text:
+            refuse("write all, or a path in the image", errno.EINVAL)
+        if text == "all":
+            for diff_id in context.store.incomplete(image):
+                await context.layers.complete(diff_id)
+            return
+        ranges = await trio.to_thread.run_sync(context.store.locate, image, text)
+        for diff_id, wanted in ranges.items():
+            await context.layers.fetch(diff_id, tuple(wanted))
 
 
 class ImageRootfs(RootfsView):
@@ -262,9 +293,10 @@ class ImageRootfs(RootfsView):
 
     name = "rootfs"
 
-    def content_id(self) -> tuple[Digest, ...]:
-        """The layers."""
-        return self.parent.image.diff_ids
+    def content_id(self) -> Hashable:
+        """The layers, and which of them are still fetched."""
+        image = self.parent.image
+        return image.diff_ids, self.parent.context.store.incomplete(image)
 
     def layers(self) -> tuple[LayerImage, ...]:
         """All layers, bottom first."""
@@ -294,6 +326,7 @@ class ImageDirectory(Directory):
         ManifestJson,
         ConfigJson,
         State,
+        Fetch,
         Layers,
         ImageRootfs,
     )

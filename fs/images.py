@@ -8,6 +8,7 @@ import trio
 from fs.context import Context, Top
 from fs.image import ImageDirectory
 from fs.nodes import Caller, CommandFile, Directory, FixedLink, Node, refuse
+from store.config import MODES, Mode
 from store.errors import CtrfsError, InvalidReference
 from store.images import Image
 from store.platform import parse_platform
@@ -19,10 +20,12 @@ OFFICIAL = "docker.io/library"
 
 
 class Pull(CommandFile):
-    """Write `REF [platform=os/arch[/variant]] [mode=full] [as=NAME]` to get an image; the
+    """Write `REF [platform=os/arch[/variant]] [mode=lazy|full] [as=NAME]` to get an image; the
     write returns when containers can start from it. REF is a name as docker knows it
     (`alpine:3.20`, `registry:5000/team/app@sha256:…`, also with `docker://` before it) or
-    `oci:/path[:tag]`, an OCI image layout on this machine. Ctrl-C ends the pull; what has
+    `oci:/path[:tag]`, an OCI image layout on this machine. With mode=lazy, the default, layers
+    that allow it (see `layers/N/lazy`) come as their files are read, and by themselves while
+    nobody reads; with mode=full all is here at the end. Ctrl-C ends the pull; what has
     arrived is used by the next one. Reading shows the pulls under way, one a line: name,
     state, percent, bytes here and in all."""
 
@@ -54,19 +57,27 @@ def parse_pull(text: str) -> PullRequest:
         key, equals, value = word.partition("=")
         if not equals or key not in ("platform", "mode", "as") or not value or key in options:
             refuse(
-                f"{word!r} is not understood; after REF may stand platform=OS/ARCH, mode=full"
-                " and as=NAME, each once",
+                f"{word!r} is not understood; after REF may stand platform=OS/ARCH, mode=lazy or"
+                " mode=full, and as=NAME, each once",
                 errno.EINVAL,
             )
         options[key] = value
     platform = options.get("platform")
-    if options.get("mode", "full") != "full":
-        refuse(f"mode={options['mode']} is not known; mode=full is", errno.EINVAL)
     return PullRequest(
         source=words[0],
         platform=parse_platform(platform) if platform else None,
         as_name=options.get("as"),
+        mode=_mode(options.get("mode")),
     )
+
+
+def _mode(text: str | None) -> Mode | None:
+    for mode in MODES:
+        if text == mode:
+            return mode
+    if text is not None:
+        refuse(f"mode={text} is not known; mode=lazy and mode=full are", errno.EINVAL)
+    return None
 
 
 class ShortName(FixedLink):

@@ -1,15 +1,17 @@
 """images/<name>/layers/: the layers of one image."""
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import trio
 
 from fs.context import Context
 from fs.nodes import Directory, FixedLink, Mountpoint, Node, TextFile
+from store import lazy
 from store.cas import Digest
 from store.errors import ImageNotFound
 from store.images import Image
-from store.layers import LayerImage
+from store.layers import Layer, LayerImage
 from store.manifest import Descriptor
 
 if TYPE_CHECKING:
@@ -36,6 +38,10 @@ class _LayerValue(TextFile):
     @property
     def descriptor(self) -> Descriptor:
         return self.parent.descriptor
+
+    @property
+    def digest(self) -> Digest:
+        return self.parent.descriptor.content
 
 
 class LayerDigest(_LayerValue):
@@ -80,12 +86,16 @@ class MediaType(_LayerValue):
 
 
 class Format(_LayerValue):
-    """How the layer is compressed: `gzip`, `zstd` or `tar`."""
+    """How the layer is packed: `gzip`, `zstd` or `tar`, or what makes it lazy: `estargz`,
+    `zstd:chunked`, or `gzip+index` and the like."""
 
     name = "format"
 
     def read(self) -> str:
         """One word."""
+        layer = self.parent.layer
+        if layer is not None and layer.record.lazy:
+            return layer.record.lazy
         kind = self.descriptor.media_type
         return next((word for word in ("gzip", "zstd") if kind.endswith(word)), "tar")
 
@@ -99,16 +109,31 @@ class Fetched(_LayerValue):
         """A number of bytes, as in `size`."""
         context = self.parent.context
         for progress in context.pulls.progress():
-            for layer in progress.layers:
-                if layer.digest == self.descriptor.content:
-                    return str(layer.done)
-        return str(
-            self.descriptor.size if context.store.cas.contains(self.descriptor.content) else 0
-        )
+            for moving in progress.layers:
+                if moving.digest == self.digest:
+                    return str(moving.done)
+        layer = self.parent.layer
+        here = lazy.fetched(layer.directory) if layer is not None else None
+        if here is None:
+            here = self.descriptor.size if context.store.cas.contains(self.digest) else 0
+        return str(here)
+
+
+class Lazy(_LayerValue):
+    """Whether the layer can be used before all of it is here: `yes`, or `no` and why."""
+
+    name = "lazy"
+
+    def read(self) -> str:
+        """One line."""
+        layer = self.parent.layer
+        if layer is None or layer.record.lazy:
+            return "yes" if layer else ""
+        return f"no: {layer.record.not_lazy or 'it was pulled with mode=full'}"
 
 
 class LayerData(FixedLink):
-    """The layer's blob in content/."""
+    """The layer's blob in content/, where it is when all of it is here."""
 
     name = "data"
     parent: "LayerDirectory"
@@ -130,9 +155,11 @@ class LayerRootfs(RootfsView):
         """Not before the image is here."""
         return self.parent.parent.parent.complete
 
-    def content_id(self) -> tuple[Digest, ...]:
-        """The layer and those below it: what it deletes depends on them."""
-        return self.parent.image.diff_ids[: self.parent.number + 1]
+    def content_id(self) -> Hashable:
+        """The layer and those below it, since what it deletes depends on them, and whether it is
+        still fetched."""
+        layer = self.parent.layer
+        return self.parent.image.diff_ids[: self.parent.number + 1], layer and layer.complete
 
     def layers(self) -> tuple[LayerImage, ...]:
         """Just the one."""
@@ -143,7 +170,17 @@ class LayerRootfs(RootfsView):
 class LayerDirectory(Directory):
     """One layer of an image."""
 
-    files = (LayerDigest, DiffId, LayerSize, MediaType, Format, Fetched, LayerData, LayerRootfs)
+    files = (
+        LayerDigest,
+        DiffId,
+        LayerSize,
+        MediaType,
+        Format,
+        Lazy,
+        Fetched,
+        LayerData,
+        LayerRootfs,
+    )
     parent: "Layers"
 
     def __init__(self, parent: "Layers", number: int) -> None:
@@ -155,6 +192,12 @@ class LayerDirectory(Directory):
     def image(self) -> Image:
         """The image that the layer belongs to."""
         return self.parent.parent.image
+
+    @property
+    def layer(self) -> Layer | None:
+        """The layer in the store; None as long as it is not there. Raises ImageNotFound."""
+        self.check()
+        return self.context.store.layers.get(self.image.diff_ids[self.number])
 
     @property
     def context(self) -> Context:

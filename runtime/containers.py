@@ -103,6 +103,12 @@ class Containers:
             for container in list(self._containers.values()):
                 await container.unmount_if_idle()
 
+    async def detach_idle(self) -> None:
+        """Take the root filesystems of containers that do not run away, so that their next use
+        mounts them anew."""
+        for container in list(self._containers.values()):
+            await container.detach_if_idle()
+
     def __contains__(self, name: object) -> bool:
         return name in self._containers
 

@@ -201,7 +201,9 @@ class SpanTable:
         if head[:2] != (MAGIC, VERSION) or head[2] not in set(Codec):
             raise self._corrupt()
         self.codec = Codec(head[2])
-        self.blob_size, self.data_size, self.prefetch_end = head[3:6]
+        self.blob_size: int = head[3]
+        self.data_size: int = head[4]
+        self.prefetch_end: int = head[5]
         self.spans: int = head[6]
         self.pieces: int = head[7]
         self._pieces_at = _HEAD.size + self.spans * _SPAN.size

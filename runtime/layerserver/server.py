@@ -1,0 +1,343 @@
+"""The layer server: one process that fetches what is missing of layers, for all who read them.
+
+It knows the layers by the store's files alone, so it can be killed at any time and begin
+again. It lives as long as a daemon listens to it or a mount has a layer open.
+"""
+
+import errno
+import logging
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import pyfuse3
+import trio
+import trio.lowlevel
+
+from runtime.layerserver import protocol, rundir
+from runtime.layerserver.completion import complete
+from runtime.layerserver.devices import OPTIONS, Devices
+from runtime.layerserver.fill import Filler
+from runtime.layerserver.protocol import (
+    Answer,
+    Configure,
+    Device,
+    Done,
+    End,
+    Failure,
+    Fetch,
+    Listen,
+    News,
+    Open,
+    Prefetch,
+    Ranges,
+    Report,
+    Request,
+    Status,
+)
+from store import lazy
+from store.cas import Cas, Digest, parse_digest
+from store.config import StoreConfig
+from store.errors import (
+    BlobNotFound,
+    CorruptContent,
+    CtrfsError,
+    DigestMismatch,
+    PullCancelled,
+    StorageFailed,
+    StoreError,
+)
+from store.fetcher import Fetcher, Slots
+from store.lazy import LazyLayer
+from store.oci_layout import Layout
+from store.reference import LayoutSource, parse_source
+from store.registry import Registry
+from store.source import Source
+
+log = logging.getLogger(__name__)
+
+# A daemon that was killed comes back sooner; else nobody needs this process.
+_GRACE_SECONDS = 10.0
+_MAX_REQUEST = 16 << 20
+# Spans asked for at once where all of a layer is wanted.
+_BATCH = 500
+# Readers that wait, each in a task of its own.
+_MAX_TASKS = 2000
+
+
+class LayersInUse(CtrfsError):
+    """Some mount has a layer open."""
+
+    errno = errno.EBUSY
+
+
+class LayerServer:
+    """Everything of one server.
+
+    Args:
+        root: the store's directory.
+        run: where socket and devices are; for this process and its daemon alone.
+        config: the store's settings.
+    """
+
+    def __init__(self, root: Path, run: Path, config: StoreConfig) -> None:
+        self._layers = root / "layers"
+        self._run = run
+        self._cas = Cas(root, guest=True)
+        self._fetchers: dict[Digest, Fetcher] = {}
+        self._devices = Devices(lambda name: self._fetchers.get(Digest(f"sha256:{name}")))
+        self._listeners: set[trio.MemorySendChannel[News]] = set()
+        self._configure(config)
+
+    def _configure(self, config: StoreConfig) -> None:
+        """New settings count for layers that are opened from now on."""
+        self._config = config
+        self._slots = Slots(config.lazy.requests)
+        self._filler = Filler(lambda: list(self._fetchers.values()), self._slots, self._finish)
+        self._filler.fill = config.lazy.fill
+        self._filler.rate = config.lazy.fill_rate
+
+    async def run(self) -> None:
+        """Serve until nobody needs it.
+
+        Raises:
+            StoreInUse: another server has the directory.
+        """
+        with rundir.claimed(self._run):
+            mountpoint = await trio.to_thread.run_sync(rundir.make_mountpoint, self._run)
+            pyfuse3.init(self._devices, str(mountpoint), set(OPTIONS))
+            try:
+                async with trio.open_nursery() as self._nursery:
+                    self._nursery.start_soon(self._end_on_signal)
+                    self._nursery.start_soon(self._serve_files)
+                    await self._load()
+                    self._nursery.start_soon(self._filler.run)
+                    await self._nursery.start(self._serve_requests)
+                    await self._until_unneeded()
+                    self._nursery.cancel_scope.cancel()
+            finally:
+                pyfuse3.close()
+                rundir.tidy(self._run)
+
+    async def _end_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                self._nursery.cancel_scope.cancel()
+
+    async def _serve_files(self) -> None:
+        await pyfuse3.main(min_tasks=10, max_tasks=_MAX_TASKS)
+        self._nursery.cancel_scope.cancel()
+
+    async def _until_unneeded(self) -> None:
+        needed = trio.current_time()
+        while trio.current_time() - needed < _GRACE_SECONDS:
+            if self._listeners or self._devices.in_use:
+                needed = trio.current_time()
+            await trio.sleep(0.1)
+
+    async def _end(self) -> None:
+        await trio.lowlevel.checkpoint()  # after the answer
+        self._nursery.cancel_scope.cancel()
+
+    # --- layers ------------------------------------------------------------------------
+
+    async def _load(self) -> None:
+        """Go on with all layers that are incomplete."""
+        for path in sorted(self._layers.glob("*/present")):
+            try:
+                await self._open(parse_digest(f"sha256:{path.parent.name}"))
+            except CtrfsError as error:
+                log.error("the layer in %s can't be served: %s", path.parent, error.sentence)
+
+    async def _open(self, diff_id: Digest) -> Fetcher | None:
+        """The fetcher of a layer; None if the layer is complete.
+
+        Raises:
+            StoreError: it can't be served.
+        """
+        directory = self._layers / diff_id.removeprefix("sha256:")
+        known = self._fetchers.get(diff_id)
+        if known is not None:
+            if known.layer.is_in(directory):
+                return known
+            del self._fetchers[diff_id]
+            if lazy.is_complete(directory):
+                return None
+        if not directory.is_dir():
+            raise BlobNotFound(f"the layer {diff_id} is not here; pull the image again")
+        if await trio.to_thread.run_sync(lazy.settle, directory, self._cas):
+            return None
+        layer = await trio.to_thread.run_sync(LazyLayer, directory, diff_id)
+        fetcher = Fetcher(
+            layer,
+            self._source(layer),
+            self._nursery,
+            self._slots,
+            self._config.lazy,
+            self._failed,
+            self._filler.wake,
+        )
+        fetcher.refused = lazy.refusal(directory)
+        # Another task may have been faster.
+        known = self._fetchers.setdefault(diff_id, fetcher)
+        if known is fetcher and (end := layer.table.prefetch_end):
+            spans = range(layer.table.span_at(end - 1) + 1)
+            self._nursery.start_soon(self._prefetch, fetcher, [spans])
+        self._filler.wake()
+        return known
+
+    def _source(self, layer: LazyLayer) -> Source:
+        described = parse_source(layer.record.sources[0])
+        if isinstance(described, LayoutSource):
+            return Layout(described, self._config.limits)
+        return Registry(described.reference, self._config)
+
+    async def _prefetch(self, fetcher: Fetcher, wanted: list[range]) -> None:
+        try:
+            for spans in wanted:
+                await fetcher.bring(spans, self._slots.readers)
+        except StoreError as error:
+            log.info("fetching what is wanted first of %s: %s", fetcher.layer.diff_id, error)
+
+    async def _finish(self, fetcher: Fetcher) -> None:
+        diff_id = fetcher.layer.diff_id
+        try:
+            await complete(fetcher, self._cas)
+        except (StorageFailed, OSError) as error:
+            log.error("the layer %s can't be completed: %s", diff_id, error)
+            await trio.sleep(_GRACE_SECONDS)
+        except PullCancelled:
+            return
+        if fetcher.layer.complete:
+            self._tell(News("complete", diff_id))
+        elif fetcher.refused:
+            log.error("the layer %s: %s", diff_id, fetcher.refused)
+            self._tell(News("refused", diff_id, fetcher.refused))
+
+    def _failed(self, diff_id: Digest, error: StoreError) -> None:
+        kind: protocol.Kind = "attack" if isinstance(error, DigestMismatch) else "failed"
+        log.log(logging.ERROR if kind == "attack" else logging.WARNING, "%s", error.sentence)
+        self._tell(News(kind, diff_id, error.sentence, error.errno))
+
+    def _tell(self, news: News) -> None:
+        for listener in list(self._listeners):
+            with suppress(trio.WouldBlock, trio.BrokenResourceError):
+                listener.send_nowait(news)
+
+    # --- requests ----------------------------------------------------------------------
+
+    async def _serve_requests(
+        self, task_status: trio.TaskStatus[list[trio.SocketListener]]
+    ) -> None:
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(rundir.listening(self._run)))
+        await trio.serve_listeners(
+            self._converse, [listener], handler_nursery=self._nursery, task_status=task_status
+        )
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async with stream:
+                line = await _line(stream)
+                if not line:
+                    return
+                request = protocol.decode_request(line)
+                if isinstance(request, Listen):
+                    await self._send_news(stream)
+                else:
+                    await stream.send_all(protocol.encode(await self._answer(request)))
+
+    async def _send_news(self, stream: trio.SocketStream) -> None:
+        send, receive = trio.open_memory_channel[News](1000)
+        self._listeners.add(send)
+        try:
+            await stream.send_all(protocol.encode(Done()))
+            async with trio.open_nursery() as nursery:
+
+                async def watch() -> None:
+                    await stream.receive_some(1)  # the listener is gone
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(watch)
+                async for news in receive:
+                    await stream.send_all(protocol.encode(news))
+        finally:
+            self._listeners.discard(send)
+
+    async def _answer(self, request: Request) -> Answer:
+        try:
+            match request:
+                case Open(diff_id):
+                    return await self._device(parse_digest(diff_id))
+                case Fetch(diff_id, ranges):
+                    await self._fetch(parse_digest(diff_id), ranges)
+                case Prefetch(diff_id, ranges):
+                    fetcher = await self._open(parse_digest(diff_id))
+                    if fetcher is not None:
+                        spans = _spans(fetcher, ranges)
+                        self._nursery.start_soon(self._prefetch, fetcher, spans)
+                case Configure(config):
+                    self._filler.fill = config.lazy.fill
+                    self._filler.rate = config.lazy.fill_rate
+                    self._config = config
+                case End():
+                    if self._devices.in_use:
+                        raise LayersInUse("layers are in use, so their server goes on")
+                    self._nursery.start_soon(self._end)
+                case Status():
+                    return self._report()
+                case Listen():
+                    raise AssertionError("answered elsewhere")
+        except CtrfsError as error:
+            return Failure(error.sentence, error.errno)
+        except OSError as error:
+            return Failure(f"the layer server failed: {error}", error.errno or errno.EIO)
+        return Done()
+
+    async def _device(self, diff_id: Digest) -> Device:
+        fetcher = await self._open(diff_id)
+        name = diff_id.removeprefix("sha256:")
+        if fetcher is None or fetcher.layer.complete:
+            return Device(str(self._layers / name / "data"), served=False)
+        return Device(str(self._run / protocol.DEVICES / name), served=True)
+
+    async def _fetch(self, diff_id: Digest, ranges: Ranges | None) -> None:
+        fetcher = await self._open(diff_id)
+        if fetcher is None or fetcher.layer.complete:
+            return
+        layer = fetcher.layer
+        if ranges is not None:
+            for spans in _spans(fetcher, ranges):
+                await fetcher.need(spans)
+            return
+        while not layer.whole:
+            first = layer.next_absent(0)
+            stop = min(layer.next_present(first), first + _BATCH)
+            await fetcher.need(range(first, stop))
+        while not layer.complete:
+            if fetcher.refused:
+                raise CorruptContent(fetcher.refused)
+            await trio.sleep(0.01)
+
+    def _report(self) -> Report:
+        layers: dict[str, tuple[int, int]] = {
+            diff_id: (fetcher.layer.fetched, fetcher.layer.record.blob.size)
+            for diff_id, fetcher in self._fetchers.items()
+        }
+        return Report(os.getpid(), "fuse", "", layers)
+
+
+def _spans(fetcher: Fetcher, ranges: Ranges) -> list[range]:
+    found = (fetcher.layer.table.spans_for(offset, length) for offset, length in ranges)
+    return [spans for spans in found if spans]
+
+
+async def _line(stream: trio.SocketStream) -> bytes:
+    """One line, or nothing if there is none within bounds."""
+    data = b""
+    while not data.endswith(b"\n"):
+        piece = await stream.receive_some(1 << 16)
+        data += piece
+        if not piece or len(data) > _MAX_REQUEST:
+            return b""
+    return data
