@@ -168,7 +168,10 @@ class Pulls:
         image = found.image(name, origin)
         progress.name = image.name
         # An image may hold the same layer several times.
-        wanted = tuple(dict.fromkeys(zip(image.layers, image.diff_ids, strict=True)))
+        pairs = zip(image.layers, image.diff_ids, strict=True)
+        wanted = tuple(
+            {(layer.digest, diff_id): (layer, diff_id) for layer, diff_id in pairs}.values()
+        )
         states = [self._layer_progress(layer) for layer, _ in wanted]
         progress.layers = tuple(dict.fromkeys(states))
         for document in found.documents:
