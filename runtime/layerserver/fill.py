@@ -11,8 +11,9 @@ from store.fetcher import Fetcher, Slots
 
 log = logging.getLogger(__name__)
 
-# Readers come in bursts: who has read a moment ago will read again.
-_QUIET_SECONDS = 0.05
+# Readers come in bursts: who has read a moment ago will read again, and a program that starts
+# pauses to compute. What it needs first must not have to share the line, nor the processor.
+_QUIET_SECONDS = 1.0
 # A request that a reader has to share the line with should last no longer than this …
 _REQUEST_SECONDS = 0.25
 # … within these sizes: below, requests cost more than bytes; above, nothing is gained.

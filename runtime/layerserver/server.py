@@ -184,6 +184,7 @@ class LayerServer:
         if known is fetcher and (end := layer.table.prefetch_end):
             spans = range(layer.table.span_at(end - 1) + 1)
             self._nursery.start_soon(self._prefetch, fetcher, [spans])
+        self._slots.used()  # who had it opened will read it
         self._filler.wake()
         return known
 
