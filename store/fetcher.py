@@ -8,7 +8,7 @@ as soon as its own bytes are here.
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -23,6 +23,7 @@ from store.errors import (
     StoreError,
 )
 from store.lazy import LazyLayer
+from store.lender import Lender
 from store.readahead import ReadAhead
 from store.source import BlobStream, Source
 from store.transfer import interruptible
@@ -71,6 +72,7 @@ class Fetcher:
         source: where they come from.
         nursery: runs the requests.
         slots: shared by all layers.
+        lender: gives the layer what other layers have.
         config: how long to wait.
         failed: told about each failure that a reader sees.
         whole: called when the last missing span has come.
@@ -86,6 +88,7 @@ class Fetcher:
         source: Source,
         nursery: trio.Nursery,
         slots: Slots,
+        lender: Lender,
         config: LazyConfig,
         failed: Callable[[Digest, StoreError], None],
         whole: Callable[[], None],
@@ -96,6 +99,7 @@ class Fetcher:
         self._source = source
         self._nursery = nursery
         self._slots = slots
+        self._lender = lender
         self._config = config
         self._failed = failed
         self._whole = whole
@@ -244,17 +248,35 @@ class Fetcher:
                 stream.abort()
 
         def work() -> None:
-            start = self.layer.table.range_of(spans[0])[0]
-            end = self.layer.table.range_of(spans[-1])[1]
-            stream = self._source.open_blob(self.layer.record.blob, start, end - start)
-            streams.append(stream)
-            try:
-                if not gone.is_set():
-                    _Intake(self.layer, stream, spans, self._landed).run()
-            finally:
-                stream.close()
+            for wanted in self._without_borrowed(spans):
+                start = self.layer.table.range_of(wanted[0])[0]
+                end = self.layer.table.range_of(wanted[-1])[1]
+                stream = self._source.open_blob(self.layer.record.blob, start, end - start)
+                streams.append(stream)
+                try:
+                    if not gone.is_set():
+                        _Intake(self.layer, stream, wanted, self._landed).run()
+                finally:
+                    stream.close()
 
         await interruptible(work, interrupt)
+
+    def _without_borrowed(self, spans: range) -> Iterator[range]:
+        """What is left to ask a registry for after what other layers have."""
+        if not self._lender.can_lend(self.layer):
+            yield spans
+            return
+        first: int | None = None
+        for number in spans:
+            if self._lender.lend(self.layer, number):
+                self._landed([number])
+                if first is not None:
+                    yield range(first, number)
+                    first = None
+            elif first is None:
+                first = number
+        if first is not None:
+            yield range(first, spans[-1] + 1)
 
     def _landed(self, numbers: list[int]) -> None:
         """From the thread of a request."""

@@ -7,6 +7,7 @@
                          …            of layers that are or were lazy, see lazy.py
     layers/chains/<key>/meta.erofs    a layer as it is above certain others (see ``mountable``)
                         data          its own contents and what it links to in them; mostly absent
+    layers/pieces.db                  chunks of lazy layers by digest (pieces.py)
     layers/tmp/                       what is being made; emptied at start
 
 A layer appears by one rename, complete and synced or not at all. Syncing later, and
@@ -148,7 +149,7 @@ class Layers:
             self._temporary.mkdir(mode=0o700, exist_ok=True)
             self._chains.mkdir(mode=0o700, exist_ok=True)
             for path in directory.iterdir():
-                if path not in (self._chains, self._temporary):
+                if path.is_dir() and path not in (self._chains, self._temporary):
                     self._adopt(path)
 
     def get(self, diff_id: Digest) -> Layer | None:

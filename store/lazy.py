@@ -14,7 +14,8 @@ process is killed; after the machine went down without notice, what ``present`` 
 verified again.
 
 ``present``, little endian: magic ``ctrfspre``, 16 bytes of the boot's id, u64 bytes of the
-blob that are here; then one byte for each span.
+blob that are here; then one byte for each span: 0 missing, 1 here, 2 here from another layer's
+blob.
 """
 
 import hashlib
@@ -47,6 +48,9 @@ log = logging.getLogger(__name__)
 
 MAGIC = b"ctrfspre"
 _HEAD = struct.Struct("<8s16sQ")
+
+# What ``present`` says of a span that is here.
+_HERE, _BORROWED = 1, 2
 
 _PRESENT = "present"
 _REFUSED = "refused"
@@ -169,7 +173,7 @@ class LazyLayer:
             raise CorruptContent(f"{directory}/present is damaged; pull the image again")
         if self._present[8:24] != _boot_id():
             self._recheck()
-        self._left = self.table.spans - self._present[_HEAD.size :].count(1)
+        self._left = self._present[_HEAD.size :].count(0)
 
     @property
     def size(self) -> int:
@@ -198,8 +202,9 @@ class LazyLayer:
 
     def next_present(self, number: int) -> int:
         """The first span from ``number`` on that is here; the number of spans if none is."""
-        at = self._present.find(b"\1", _HEAD.size + number)
-        return self.table.spans if at < 0 else at - _HEAD.size
+        while number < self.table.spans and not self.has(number):
+            number += 1
+        return number
 
     def missing(self, offset: int, length: int) -> list[int]:
         """The spans that bytes of the data file come from and that are not here."""
@@ -217,8 +222,18 @@ class LazyLayer:
 
     # --- taking in ---------------------------------------------------------------------
 
-    def take(self, number: int, blob: memoryview) -> None:
+    def read_blob(self, number: int) -> bytes | None:
+        """The bytes of a span as the registry sent them; None if it did not."""
+        if self._present[_HEAD.size + number] != _HERE:
+            return None
+        start, end = self.table.range_of(number)
+        return os.pread(self._blob, end - start, start)
+
+    def take(self, number: int, blob: memoryview, *, borrowed: bool = False) -> None:
         """Verify a span's bytes and keep them.
+
+        Args:
+            borrowed: they come from another blob.
 
         Raises:
             DigestMismatch: they are wrong; nothing was kept.
@@ -231,14 +246,14 @@ class LazyLayer:
             for piece, content in contents:
                 _write(self._data, content, piece.target)
         self.take_raw(self.table.range_of(number)[0], blob)
-        self.arrived(number)
+        self.arrived(number, _BORROWED if borrowed else _HERE)
 
     def take_raw(self, offset: int, piece: memoryview) -> None:
         """Keep bytes of the blob that nobody reads before the layer is complete."""
         with storage(f"writing the layer in {self.directory}"):
             _write(self._blob, piece, offset)
 
-    def arrived(self, number: int) -> None:
+    def arrived(self, number: int, how: int = _HERE) -> None:
         """All bytes of a span are kept."""
         start, end = self.table.range_of(number)
         with self._lock:
@@ -246,7 +261,7 @@ class LazyLayer:
                 # The sum first: a process that dies in between leaves one that is too high by
                 # one span, which only a percentage shows.
                 struct.pack_into("<Q", self._present, 24, self.fetched + end - start)
-                self._present[_HEAD.size + number] = 1
+                self._present[_HEAD.size + number] = how
                 self._left -= 1
 
     def forget(self, number: int) -> None:
@@ -261,7 +276,7 @@ class LazyLayer:
     def _recheck(self) -> None:
         """After a power cut: what was verified may never have reached the disk."""
         log.info("verifying what is here of %s after a restart of the machine", self.diff_id)
-        self._left = self.table.spans - self._present[_HEAD.size :].count(1)
+        self._left = self._present[_HEAD.size :].count(0)
         for number in range(self.table.spans):
             if not self.has(number):
                 continue
@@ -319,8 +334,12 @@ class LazyLayer:
             )
 
     def forget_unverified(self) -> bool:
-        """Forget the spans that only the blob's digest covers; whether there were any."""
-        spans = [n for n in range(self.table.spans) if not self.table.span(n).count]
+        """Forget the spans of which only the blob's digest covers all; whether there were any."""
+        spans = [
+            number
+            for number in range(self.table.spans)
+            if not self.table.span(number).count or self._present[_HEAD.size + number] == _BORROWED
+        ]
         for number in spans:
             self.forget(number)
         return bool(spans)

@@ -50,6 +50,7 @@ from store.errors import (
 )
 from store.fetcher import Fetcher, Slots
 from store.lazy import LazyLayer
+from store.lender import Lender
 from store.oci_layout import Layout
 from store.reference import LayoutSource, parse_source
 from store.registry import Registry
@@ -87,6 +88,7 @@ class LayerServer:
         self._cas = Cas(root, guest=True)
         self._fetchers: dict[Digest, Fetcher] = {}
         self._devices = Devices(lambda name: self._fetchers.get(Digest(f"sha256:{name}")))
+        self._lender = Lender(self._layers, self._cas, self._lazy_layer)
         self._listeners: set[trio.MemorySendChannel[News]] = set()
         self._configure(config)
 
@@ -118,6 +120,7 @@ class LayerServer:
                     self._nursery.cancel_scope.cancel()
             finally:
                 pyfuse3.close()
+                self._lender.close()
                 rundir.tidy(self._run)
 
     async def _end_on_signal(self) -> None:
@@ -139,6 +142,10 @@ class LayerServer:
     async def _end(self) -> None:
         await trio.lowlevel.checkpoint()  # after the answer
         self._nursery.cancel_scope.cancel()
+
+    def _lazy_layer(self, name: str) -> LazyLayer | None:
+        fetcher = self._fetchers.get(Digest(f"sha256:{name}"))
+        return fetcher.layer if fetcher else None
 
     # --- layers ------------------------------------------------------------------------
 
@@ -174,6 +181,7 @@ class LayerServer:
             self._source(layer),
             self._nursery,
             self._slots,
+            self._lender,
             self._config.lazy,
             self._failed,
             self._filler.wake,
@@ -181,12 +189,18 @@ class LayerServer:
         fetcher.refused = lazy.refusal(directory)
         # Another task may have been faster.
         known = self._fetchers.setdefault(diff_id, fetcher)
-        if known is fetcher and (end := layer.table.prefetch_end):
-            spans = range(layer.table.span_at(end - 1) + 1)
-            self._nursery.start_soon(self._prefetch, fetcher, [spans])
+        if known is fetcher:
+            self._nursery.start_soon(self._begin, fetcher)
         self._slots.used()  # who had it opened will read it
         self._filler.wake()
         return known
+
+    async def _begin(self, fetcher: Fetcher) -> None:
+        """What a layer wants first is fetched, and others may borrow from it."""
+        layer = fetcher.layer
+        if end := layer.table.prefetch_end:
+            await self._prefetch(fetcher, [range(layer.table.span_at(end - 1) + 1)])
+        await trio.to_thread.run_sync(self._lender.add, layer)
 
     def _source(self, layer: LazyLayer) -> Source:
         described = parse_source(layer.record.sources[0])
