@@ -217,17 +217,25 @@ class Fetcher:
 
     async def _run(self, spans: range, limiter: trio.CapacityLimiter) -> None:
         error: StoreError | None = None
+        # What comes unasked for as well, from a registry that sends whole blobs.
+        promised: list[int] = []
         try:
             async with limiter:
-                await self._transfer(spans)
+                await self._transfer(spans, promised)
         except StoreError as failure:
             error = failure
             log.debug("%s: %s", self.layer.diff_id, failure.sentence)
         except OSError as failure:
             error = StoreError(f"a layer can't be fetched: {failure}", errno=failure.errno)
         finally:
-            for number in spans:
+            for number in (*spans, *promised):
                 self._settle(number, error)
+
+    def _promise(self, spans: range) -> list[int]:
+        """Note that spans are on their way; those that were not."""
+        fresh = [n for n in spans if n not in self._pending and not self.layer.has(n)]
+        self._pending.update((number, _Pending()) for number in fresh)
+        return fresh
 
     def _settle(self, number: int, error: StoreError | None) -> None:
         pending = self._pending.pop(number, None)
@@ -238,7 +246,7 @@ class Fetcher:
             if not self._pending and self.layer.whole:
                 self._whole()
 
-    async def _transfer(self, spans: range) -> None:
+    async def _transfer(self, spans: range, promised: list[int]) -> None:
         gone = threading.Event()
         streams: list[BlobStream] = []
 
@@ -246,6 +254,9 @@ class Fetcher:
             gone.set()
             for stream in streams:
                 stream.abort()
+
+        def promise(more: range) -> None:
+            promised.extend(trio.from_thread.run_sync(self._promise, more))
 
         def work() -> None:
             for wanted in self._without_borrowed(spans):
@@ -255,7 +266,7 @@ class Fetcher:
                 streams.append(stream)
                 try:
                     if not gone.is_set():
-                        _Intake(self.layer, stream, wanted, self._landed).run()
+                        _Intake(self.layer, stream, wanted, self._landed, promise).run()
                 finally:
                     stream.close()
 
@@ -284,7 +295,8 @@ class Fetcher:
 
     def _wake(self, numbers: list[int]) -> None:
         for number in numbers:
-            self._settle(number, None)
+            if self.layer.has(number):  # it may have been forgotten since
+                self._settle(number, None)
 
 
 class _Intake:
@@ -299,6 +311,7 @@ class _Intake:
         stream: BlobStream,
         wanted: range,
         landed: Callable[[list[int]], None],
+        promise: Callable[[range], None],
     ) -> None:
         table = layer.table
         self._layer = layer
@@ -307,6 +320,8 @@ class _Intake:
         self._number = table.span_at(stream.offset)
         asked = stream.offset == table.range_of(wanted[0])[0]
         self._stop = wanted[-1] + 1 if asked else table.spans
+        if not asked:
+            promise(range(self._number, table.spans))
         self._buffer = bytearray()
         self._offset = stream.offset  # of what comes next in the blob
         self._error: DigestMismatch | None = None
