@@ -137,6 +137,12 @@ class InvalidLayer(StoreError):
     """A layer archive that is damaged or hostile."""
 
 
+class NotLazy(StoreError):
+    """This layer cannot be loaded lazily."""
+
+    errno = errno.EOPNOTSUPP
+
+
 class LimitExceeded(StoreError):
     """Something from outside is larger than a configured limit."""
 

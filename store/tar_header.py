@@ -205,7 +205,7 @@ def apply_pax(header: Header, records: list[tuple[bytes, bytes]]) -> bool:
     points: list[int] = []
     for key, value in records:
         if key.startswith(_XATTR_PREFIX):
-            _add_xattr(header, key[len(_XATTR_PREFIX) :], value)
+            add_xattr(header, key[len(_XATTR_PREFIX) :], value)
         elif key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
             points.append(decimal(value))
         elif key.startswith(b"GNU.sparse."):
@@ -236,7 +236,7 @@ def _no_nul(value: bytes) -> bytes:
     return value
 
 
-def _add_xattr(header: Header, name: bytes, value: bytes) -> None:
+def add_xattr(header: Header, name: bytes, value: bytes) -> None:
     """Keep an attribute that EROFS can hold and overlayfs does not take for its own.
 
     Others (``system.nfs4_acl``, ``btrfs.compression``) belong to filesystems that the image
