@@ -17,7 +17,8 @@ from store.errors import DigestMismatch, InvalidLayer, NotLazy
 from store.manifest import Descriptor
 from store.source import BlobReader
 from store.spans import Codec
-from store.tar_header import BLOCK, REBUILD, Header, block_sum, read_header
+from store.tar_entry import REBUILD
+from store.tar_header import BLOCK, Header, block_sum, read_header
 from store.toc_json import TOC_MAX, RawToc
 
 TOC_NAME = b"stargz.index.json"
@@ -74,13 +75,15 @@ def find_toc(layer: Descriptor, read: BlobReader) -> RawToc | None:
 
 def _json(layer: Descriptor, member: bytes) -> bytes:
     """The content of the one file in the archive."""
+    header = Header()
     try:
         archive = isal_zlib.decompressobj(wbits=31).decompress(member, TOC_MAX + BLOCK)
-        header = Header()
+        if len(archive) < BLOCK:
+            raise _no_toc(layer)
         block = memoryview(archive)[:BLOCK]
         read_header(header, block, block_sum(block))
-    except (zlib.error, _ISAL_ERROR, ValueError) as error:
-        raise _no_toc(layer) from error
+    except (zlib.error, _ISAL_ERROR, ValueError):
+        raise _no_toc(layer) from None
     if header.name != TOC_NAME:
         raise _no_toc(layer)
     if header.size > TOC_MAX:

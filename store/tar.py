@@ -20,10 +20,9 @@ from typing import Protocol
 
 from store.errors import InvalidLayer, LimitExceeded
 from store.index import Entry
-from store.tar_entry import entry_path, entry_type, make_entry
+from store.tar_entry import REBUILD, make_entry, wrong_size
 from store.tar_header import (
     BLOCK,
-    REBUILD,
     SPECIAL_MAX,
     Header,
     apply_pax,
@@ -280,13 +279,29 @@ class TarParser:
     # --- entries ------------------------------------------------------------------
 
     def _finished(self, header: Header) -> Entry:
-        self._name = path = entry_path(header)
-        file_type = entry_type(header, path)
-        offset = self._begin(header, path) if file_type == stat.S_IFREG else 0
-        return make_entry(header, path, file_type, offset)
+        entry = make_entry(
+            header.kind,
+            header.name,
+            header.link,
+            header.mode,
+            header.uid,
+            header.gid,
+            header.size,
+            header.seconds,
+            header.nanoseconds,
+            header.major,
+            header.minor,
+            header.xattrs,
+        )
+        self._name = entry.path
+        if stat.S_ISREG(entry.mode):
+            entry.offset = self._begin(header, entry.path)
+        return entry
 
     def _begin(self, header: Header, path: bytes) -> int:
         """Reserve the content's place and get ready to take it."""
+        if header.stored < 0:
+            raise wrong_size(path, header.stored)
         self._segments = None
         if header.segments is not None:
             check_segments(header, path)

@@ -4,9 +4,6 @@ It says what the archive in the blob says, entry by entry, and where in the blob
 a file can be inflated by itself. The manifest has its digest, and it has those of the chunks.
 """
 
-import stat
-from collections.abc import Iterator
-
 import msgspec
 
 from store import estargz, zstd_chunked
@@ -15,9 +12,7 @@ from store.index import Entry
 from store.manifest import Descriptor
 from store.source import BlobReader
 from store.spans import SpanWriter
-from store.tar_entry import entry_path, entry_type, make_entry
-from store.tar_header import Header
-from store.toc_json import CHUNK, Item, RawToc, decode, fill
+from store.toc_json import CHUNK, RawToc, decode, entry_of
 from store.toc_layout import Layout
 from store.unpack import LayerLimits, attributes_size, check_metadata
 
@@ -72,37 +67,28 @@ def read_toc(layer: Descriptor, read: BlobReader, limits: LayerLimits) -> Toc | 
 
 
 def _entries(raw: RawToc, layout: Layout, limits: LayerLimits) -> tuple[list[Entry], int]:
-    """The entries, and where in the blob what is wanted at start ends."""
+    """The entries, and where in the blob what is wanted at start ends; chunks go to the layout."""
     entries: list[Entry] = []
     landmarks: dict[bytes, int] = {}
     metadata = 0
-    for entry, item in _items(raw, layout, limits):
-        if entry.path in _NOT_FILES:
-            is_chunk = stat.S_ISREG(entry.mode) and entry.size
-            landmarks[entry.path] = item.offset if is_chunk else 0
+    for item in decode(raw.json, limits):
+        if item.type == CHUNK:
+            layout.add_chunk(item)
             continue
+        entry = entry_of(item)
+        path = entry.path
+        if path in _NOT_FILES:
+            landmarks[path] = layout.add(entry, item, wanted=False)
+            continue
+        layout.add(entry, item)
         entries.append(entry)
+        metadata += len(path) + len(entry.link)
+        if entry.xattrs is not None:
+            metadata += attributes_size(entry)
         if len(entries) > limits.layer_entries:
             raise LimitExceeded(
                 f"the layer has more than {limits.layer_entries} files and directories; "
                 "raise the limit in the store's configuration if you trust the image"
             )
-        metadata += len(entry.path) + len(entry.link)
-        if entry.xattrs is not None:
-            metadata += attributes_size(entry)
-        check_metadata(metadata, limits)
+    check_metadata(metadata, limits)
     return entries, 0 if _NO_PREFETCH in landmarks else landmarks.get(_PREFETCH, 0)
-
-
-def _items(raw: RawToc, layout: Layout, limits: LayerLimits) -> Iterator[tuple[Entry, Item]]:
-    """All entries, with the items that they are made from; chunks go to the layout."""
-    header = Header()
-    for item in decode(raw.json, limits):
-        if item.type == CHUNK:
-            layout.add_chunk(item)
-            continue
-        fill(header, item)
-        path = entry_path(header)
-        entry = make_entry(header, path, entry_type(header, path), 0)
-        layout.add(entry, item, wanted=path not in _NOT_FILES)
-        yield entry, item

@@ -16,8 +16,9 @@ from typing import Annotated
 import msgspec
 
 from store.errors import InvalidLayer, LimitExceeded, NotLazy
+from store.index import Entry
 from store.spans import Codec
-from store.tar_header import REBUILD, XATTR_TOTAL_MAX, Header, add_xattr
+from store.tar_entry import REBUILD, XATTR_TOTAL_MAX, is_kept, make_entry
 from store.tar_names import shown
 from store.unpack import LayerLimits
 
@@ -135,40 +136,41 @@ def _taken(items: list[Item]) -> Iterator[Item]:
         yield items.pop()
 
 
-def fill(header: Header, item: Item) -> None:
-    """Set a header's fields to what the item has; it must not be a chunk's.
+def entry_of(item: Item) -> Entry:
+    """The entry that an item stands for; it must not be a chunk's.
 
     Raises:
-        InvalidLayer: its type is not known, or a name or attribute makes no sense.
-        LimitExceeded: its extended attributes are too long.
+        InvalidLayer: its type is not known, or it is what no layer may have.
+        LimitExceeded: its path or its extended attributes are too long.
         NotLazy: the table has not got all that the archive has.
     """
-    header.name = _bytes(item.name, item)
+    name = _bytes(item.name, item)
     kind = _KINDS.get(item.type)
     if kind is None:
         raise InvalidLayer(
-            f"{shown(header.name)} in the layer's table of contents is of a type that is none of "
+            f"{shown(name)} in the layer's table of contents is of a type that is none of "
             f"{', '.join(_KINDS)} and {CHUNK}; {REBUILD}"
         )
-    header.kind = kind
-    header.link = _bytes(item.link_name, item) if item.link_name else b""
-    header.mode = item.mode
-    header.uid = item.uid
-    header.gid = item.gid
-    header.size = header.stored = item.size
-    header.major = item.dev_major
-    header.minor = item.dev_minor
-    header.segments = None
-    header.xattrs = None
     try:
-        header.seconds, header.nanoseconds = _time(item.modtime)
+        seconds, nanoseconds = _time(item.modtime)
     except ValueError:
         raise NotLazy(
-            f"{shown(header.name)} in the layer's table of contents has a time that can't be "
-            "understood"
+            f"{shown(name)} in the layer's table of contents has a time that can't be understood"
         ) from None
-    if item.xattrs:
-        _fill_xattrs(header, item)
+    return make_entry(
+        kind,
+        name,
+        _bytes(item.link_name, item) if item.link_name else b"",
+        item.mode,
+        item.uid,
+        item.gid,
+        item.size,
+        seconds,
+        nanoseconds,
+        item.dev_major,
+        item.dev_minor,
+        _xattrs(item) if item.xattrs else None,
+    )
 
 
 def _bytes(name: str, item: Item) -> bytes:
@@ -185,19 +187,21 @@ def _bytes(name: str, item: Item) -> bytes:
     return name.encode()
 
 
-def _fill_xattrs(header: Header, item: Item) -> None:
+def _xattrs(item: Item) -> dict[bytes, bytes] | None:
     if len(item.xattrs) > _XATTRS_MAX:
         raise LimitExceeded(
-            f"{shown(header.name)} in the layer's table of contents has extended attributes of "
-            f"{len(item.xattrs)} bytes; at most {XATTR_TOTAL_MAX} are supported"
+            f"{shown(item.name.encode())} in the layer's table of contents has extended attributes "
+            f"of {len(item.xattrs)} bytes; at most {XATTR_TOTAL_MAX} are supported"
         )
     try:
-        for name, value in (_XATTRS.decode(item.xattrs) or {}).items():
-            add_xattr(header, _bytes(name, item), value)
+        found = {
+            _bytes(name, item): value for name, value in (_XATTRS.decode(item.xattrs) or {}).items()
+        }
+        return {name: value for name, value in found.items() if is_kept(name)} or None
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise InvalidLayer(
-            f"{shown(header.name)} in the layer's table of contents has extended attributes that "
-            f"are not names with values in base64; {REBUILD}"
+            f"{shown(item.name.encode())} in the layer's table of contents has extended attributes "
+            f"that are not names with values in base64; {REBUILD}"
         ) from None
 
 
@@ -213,5 +217,6 @@ def _time(text: str) -> tuple[int, int]:
     if not match:
         raise ValueError
     whole, fraction, zone = match.groups()
+    nanoseconds = int(fraction.ljust(9, "0")) if fraction else 0
     since = datetime.fromisoformat(whole + zone) - _EPOCH
-    return since.days * 86400 + since.seconds, int((fraction or "").ljust(9, "0"))
+    return since.days * 86400 + since.seconds, nanoseconds

@@ -6,12 +6,10 @@ follow each other there fill ranges which follow each other here.
 
 import stat
 
-import msgspec
-
 from store.errors import InvalidLayer, NotLazy
 from store.index import Entry
 from store.spans import Piece, Span, SpanWriter
-from store.tar_header import REBUILD
+from store.tar_entry import REBUILD
 from store.tar_names import shown
 from store.toc_json import Item, RawToc
 from store.unpack import LayerLimits, aligned, check_content, check_size
@@ -25,30 +23,16 @@ _DIGEST_PREFIX = "sha256:"
 _DIGEST_SIZE = 32
 
 
-class _Chunk(msgspec.Struct, gc=False):
-    """``size`` bytes at ``at`` in a file, ``inner`` bytes into what is at ``start`` in the blob.
-
-    Without ``digest`` they are zeros. ``entry`` is None when nobody wants them.
-    """
-
-    start: int
-    inner: int
-    at: int
-    size: int
-    digest: bytes
-    entry: Entry | None
-
-
 class Layout:
-    """Takes files with their chunks in the table's order.
+    """Takes files with their chunks in the table's order, which must be the blob's.
 
     Args:
         toc: the table.
         blob_size: in bytes.
 
     Every method raises InvalidLayer for chunks that can't be as the table says, LimitExceeded
-    for too large files, and NotLazy when a chunk can't be verified or is too large to be held
-    in memory.
+    for too large files, and NotLazy when a chunk can't be verified, is too large to be held in
+    memory, or stands elsewhere in the table than in the blob.
     """
 
     def __init__(self, toc: RawToc, blob_size: int, limits: LayerLimits) -> None:
@@ -56,30 +40,45 @@ class Layout:
         self._blob_size = blob_size
         self._limits = limits
         self._writer = SpanWriter(toc.codec, blob_size)
-        self._chunks: list[_Chunk] = []
-        self._sorted = True
-        self._last = (0, 0)  # place of the latest chunk in the blob
-        # The file whose chunks come now, and how many of its bytes they have.
+        self._data_end = 0
+        self._total = 0  # what comes out of all spans
+        # The file whose chunks come now, its place, and how many of its bytes they have.
         self._name = ""
         self._path = b""
+        self._target = 0
+        self._wanted = True
         self._size = 0
         self._done = 0
-        self._entry: Entry | None = None
+        # The span whose chunks come now: what they have of it, and how much somebody wants.
+        self._start = 0
+        self._inner_end = 0
+        self._span_size = 0
+        self._pieces: list[Piece] = []
 
-    def add(self, entry: Entry, item: Item, *, wanted: bool) -> None:
-        """Begin with the next entry; chunks that follow belong to it.
+    def add(self, entry: Entry, item: Item, *, wanted: bool = True) -> int:
+        """Begin with the next entry and give it its place; chunks that follow belong to it.
 
         Args:
             wanted: False for a file that the image does not have.
+
+        Returns:
+            The place in the blob of the chunk that the item has, 0 if it has none.
         """
-        self.close()
+        if self._done != self._size:
+            raise self._uneven()
         self._name = item.name
         self._path = entry.path
-        self._size = entry.size if stat.S_ISREG(entry.mode) else 0
-        self._done = 0
-        self._entry = entry if wanted else None
-        if self._size:
-            self._take(item)
+        self._done = self._size = 0
+        if not entry.size or not stat.S_ISREG(entry.mode):
+            return 0
+        self._size = entry.size
+        self._wanted = wanted
+        if wanted:
+            self._target = entry.offset = aligned(self._data_end)
+            self._data_end = entry.offset + entry.size
+            check_content(entry, self._limits)
+        self._take(item)
+        return item.offset
 
     def add_chunk(self, item: Item) -> None:
         """A further chunk of the latest entry."""
@@ -90,48 +89,67 @@ class Layout:
             )
         self._take(item)
 
-    def close(self) -> None:
-        """The latest entry has no more chunks."""
+    def finish(self) -> tuple[SpanWriter, int]:
+        """All spans, and the data file's size in bytes."""
         if self._done != self._size:
             raise self._uneven()
-
-    def finish(self) -> tuple[SpanWriter, int]:
-        """Give all contents their places; the spans, and the data file's size."""
-        self.close()
-        if not self._sorted:
-            self._chunks.sort(key=lambda chunk: (chunk.start, chunk.inner))
-        size = self._place()
-        self._add_spans()
-        return self._writer, size
+        self._end_span(self._end)
+        check_size(self._total, self._blob_size, self._limits)
+        return self._writer, aligned(self._data_end)
 
     def _take(self, item: Item) -> None:
-        left = self._size - self._done
+        done = self._done
+        left = self._size - done
         size = item.chunk_size or left
-        if item.chunk_offset != self._done or not 0 < size <= left:
+        if item.chunk_offset != done or not 0 < size <= left:
             raise self._uneven()
-        if not 0 < item.offset < self._end or item.inner_offset < 0:
+        start, inner = item.offset, item.inner_offset
+        if not 0 < start < self._end or inner < 0:
             raise InvalidLayer(
                 f"{shown(self._path)} in the layer's table of contents has a chunk at "
-                f"{item.offset}:{item.inner_offset}, which is not among the {self._end} bytes of "
-                "contents; do not trust this image"
+                f"{start}:{inner}, which is not among the {self._end} bytes of contents; "
+                "do not trust this image"
             )
-        digest = b""
-        if item.chunk_type != _ZEROS:
-            whole = size == self._size
-            digest = self._digest(item.chunk_digest or (item.digest if whole else ""))
-            if item.inner_offset + size > SPAN_MAX:
-                raise NotLazy(
-                    f"{shown(self._path)} in the layer has a chunk that can be inflated only "
-                    f"together with {item.inner_offset + size} bytes; at most {SPAN_MAX} are "
-                    "held in memory"
-                )
-        place = item.offset, item.inner_offset
-        self._sorted = self._sorted and place > self._last
-        self._last = place
-        self._chunks.append(
-            _Chunk(item.offset, item.inner_offset, self._done, size, digest, self._entry)
+        if start != self._start:
+            self._end_span(start)
+        elif inner < self._inner_end:
+            raise InvalidLayer(
+                f"{shown(self._path)} in the layer's table of contents has a chunk at "
+                f"{start}:{inner}, which overlaps another; do not trust this image"
+            )
+        self._inner_end = inner + size
+        if self._wanted and item.chunk_type != _ZEROS:
+            self._add_piece(item, size)
+        self._done = done + size
+
+    def _add_piece(self, item: Item, size: int) -> None:
+        end = item.inner_offset + size
+        if end > SPAN_MAX:
+            raise NotLazy(
+                f"{shown(self._path)} in the layer has a chunk that can be inflated only "
+                f"together with {end} bytes; at most {SPAN_MAX} are held in memory"
+            )
+        digest = item.chunk_digest or (item.digest if size == self._size else "")
+        self._span_size = end
+        self._total += size
+        self._pieces.append(
+            Piece(self._target + self._done, size, item.inner_offset, self._digest(digest))
         )
-        self._done += size
+
+    def _end_span(self, next_start: int) -> None:
+        """Write the span that ends here, and begin the next."""
+        start = self._start
+        if next_start < start:
+            raise NotLazy(
+                f"{shown(self._path)} in the layer's table of contents stands elsewhere than in "
+                "the blob"
+            )
+        if self._pieces:
+            size = self._span_size
+            end = min(next_start, start + _compressed_max(size))
+            self._writer.add(Span(start, end, size), self._pieces)
+            self._pieces.clear()
+        self._start = next_start
 
     def _uneven(self) -> InvalidLayer:
         return InvalidLayer(
@@ -155,57 +173,6 @@ class Layout:
                 f"that is none; {REBUILD}"
             )
         return digest
-
-    def _place(self) -> int:
-        """Check the chunks' order and give files offsets; the data file's size."""
-        end = total = 0
-        start = inner_end = 0  # of the chunk before
-        entry: Entry | None = None
-        done = 0
-        for chunk in self._chunks:
-            if chunk.start == start and chunk.inner < inner_end:
-                raise InvalidLayer(
-                    f"two chunks in the layer's table of contents overlap at {chunk.start} in the "
-                    "blob; do not trust this image"
-                )
-            start, inner_end = chunk.start, chunk.inner + chunk.size
-            if not chunk.at:
-                entry, done = chunk.entry, 0
-                if entry is not None:
-                    entry.offset = aligned(end)
-                    end = entry.offset + entry.size
-                    check_content(entry, self._limits)
-            if chunk.entry is not entry or chunk.at != done:
-                raise InvalidLayer(
-                    f"the chunks of {shown((chunk.entry or entry or _NOBODY).path)} in the layer's "
-                    f"table of contents are not one after another in the blob; {REBUILD}"
-                )
-            done += chunk.size
-            if chunk.digest:
-                total += chunk.size
-        check_size(total, self._blob_size, self._limits)
-        return aligned(end)
-
-    def _add_spans(self) -> None:
-        """One for all chunks with the same start, up to the next start."""
-        pieces: list[Piece] = []
-        start = size = 0
-        for chunk in self._chunks:
-            if chunk.start != start:
-                self._add_span(start, chunk.start, size, pieces)
-                start, size, pieces = chunk.start, 0, []
-            if chunk.digest and chunk.entry is not None:
-                target = chunk.entry.offset + chunk.at
-                pieces.append(Piece(target, chunk.size, chunk.inner, chunk.digest))
-                size = chunk.inner + chunk.size
-        self._add_span(start, self._end, size, pieces)
-
-    def _add_span(self, start: int, end: int, size: int, pieces: list[Piece]) -> None:
-        if pieces:
-            self._writer.add(Span(start, min(end, start + _compressed_max(size)), size), pieces)
-
-
-_NOBODY = Entry(b"", 0)
 
 
 def _compressed_max(size: int) -> int:

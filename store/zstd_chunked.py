@@ -19,7 +19,7 @@ from store.inflate import ZSTD_WINDOW
 from store.manifest import Descriptor
 from store.source import BlobReader
 from store.spans import Codec
-from store.tar_header import REBUILD
+from store.tar_entry import REBUILD
 from store.toc_json import TOC_MAX, RawToc
 
 # Those of containers/storage and those of stargz-snapshotter's converter.

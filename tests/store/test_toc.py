@@ -1,9 +1,11 @@
 """Tables of contents: what a lazy layer shows is what the whole layer holds."""
 
+import gzip
 import random
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.cas import digest_of
-from store.errors import InvalidLayer, StoreError
+from store.errors import (
+    DigestMismatch,
+    InvalidLayer,
+    LimitExceeded,
+    NotLazy,
+    RegistryTimeout,
+    StoreError,
+)
 from store.index import Entry, read_index
 from store.manifest import Manifest
 from store.span_inflate import inflate_pieces
@@ -276,25 +285,6 @@ def test_landmarks(codec: Codec) -> None:
     assert prefetched(first, below) == (0, [b"first", b"d/.prefetch.landmark"])
 
 
-@CODECS
-def test_entries_in_another_order_than_their_contents(codec: Codec, tmp_path: Path) -> None:
-    names = [b"%d" % number for number in range(5)]
-    data = archive(*(entry(name, data=name * 9000) for name in names))
-
-    def reverse(toc: Document) -> None:
-        files: list[list[Any]] = []
-        for item in toc["entries"]:
-            if item["type"] != "chunk":
-                files.append([])
-            files[-1].append(item)
-        toc["entries"] = [item for file in reversed(files) for item in file]
-
-    blob = WRITERS[codec](data, chunk_size=4096, edit=reverse)
-    toc = toc_of(blob)
-    assert [item.path for item in toc.entries] == names[::-1]
-    assert contents(toc.entries, filled(toc, blob, tmp_path)) == [n * 9000 for n in names[::-1]]
-
-
 @pytest.mark.parametrize(
     ("text", "time"),
     [
@@ -347,3 +337,358 @@ def _manifest(data: bytes) -> Manifest | None:
         return msgspec.json.decode(data, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
+
+
+# --- what is wrong ----------------------------------------------------------------------
+
+BIG = 1 << 62
+THREE = archive(
+    entry(b"a", data=b"a" * 10_000),
+    entry(b"b", data=b"b" * 10_000),
+    entry(b"c", data=b"c" * 100),
+)
+
+
+def change(index: int, **fields: Any) -> Callable[[Document], None]:
+    """Set fields of one entry."""
+
+    def edit(toc: Document) -> None:
+        toc["entries"][index].update(fields)
+
+    return edit
+
+
+def drop(index: int, *fields: str) -> Callable[[Document], None]:
+    """Remove fields of one entry."""
+
+    def edit(toc: Document) -> None:
+        for field in fields:
+            toc["entries"][index].pop(field, None)
+
+    return edit
+
+
+def append(**fields: Any) -> Callable[[Document], None]:
+    """Add an entry."""
+    return lambda toc: toc["entries"].append(fields)
+
+
+def swap(first: int, second: int) -> Callable[[Document], None]:
+    """Exchange two entries."""
+
+    def edit(toc: Document) -> None:
+        entries = toc["entries"]
+        entries[first], entries[second] = entries[second], entries[first]
+
+    return edit
+
+
+def overlap(toc: Document) -> None:
+    """Both files come from the same bytes."""
+    entries = toc["entries"]
+    files = [item for item in entries if item["type"] == "reg"]
+    files[1]["offset"] = entries[entries.index(files[1]) - 1]["offset"]
+
+
+# Chunks of 4096 bytes: entries 0 to 2 are a, 3 to 5 are b, 6 is c.
+LIES: dict[str, tuple[Callable[[Document], Any], type[StoreError], str]] = {
+    "the same bytes twice": (overlap, InvalidLayer, "overlaps another"),
+    "overlapping in one member": (
+        lambda toc: [change(1, offset=toc["entries"][0]["offset"], innerOffset=4095)(toc)],
+        InvalidLayer,
+        "overlaps another",
+    ),
+    "offset past the end": (change(6, offset=1 << 40), InvalidLayer, "not among"),
+    "offset in the table": (
+        lambda toc: change(6, offset=toc["entries"][6]["offset"] + 10_000)(toc),
+        InvalidLayer,
+        "not among",
+    ),
+    "negative offset": (change(0, offset=-1), InvalidLayer, "not among"),
+    "no offset": (drop(6, "offset"), InvalidLayer, "not among"),
+    "negative inner offset": (change(0, innerOffset=-1), InvalidLayer, "not among"),
+    "a chunk is missing": (lambda toc: toc["entries"].pop(1), InvalidLayer, "add up"),
+    "the last chunk is missing": (lambda toc: toc["entries"].pop(5), InvalidLayer, "add up"),
+    "a chunk too many": (append(type="chunk", name="c", offset=9), InvalidLayer, "add up"),
+    "a chunk of a directory": (
+        lambda toc: [append(type="dir", name="d")(toc), append(type="chunk", name="d")(toc)],
+        InvalidLayer,
+        "add up",
+    ),
+    "a chunk too large": (change(2, chunkSize=BIG), InvalidLayer, "add up"),
+    "a negative chunk": (change(2, chunkSize=-1), InvalidLayer, "add up"),
+    "a chunk elsewhere in its file": (change(1, chunkOffset=4097), InvalidLayer, "add up"),
+    "file larger than its chunks": (change(0, size=10_000_000), LimitExceeded, "layer_bytes"),
+    "file smaller than its chunks": (change(0, size=5000), InvalidLayer, "add up"),
+    "negative size": (change(0, size=-1), InvalidLayer, "size -1"),
+    "a chunk of another file": (change(1, name="b"), InvalidLayer, "follow its file"),
+    "chunks in another order": (swap(1, 2), InvalidLayer, "add up"),
+    "files in another order": (
+        lambda toc: toc["entries"].insert(0, toc["entries"].pop()),
+        NotLazy,
+        "elsewhere",
+    ),
+    "a hole of exabytes": (
+        append(type="reg", name="z", size=BIG, offset=9, chunkType="zeros"),
+        LimitExceeded,
+        "layer_bytes",
+    ),
+    "a huge span": (change(6, innerOffset=64 << 20), NotLazy, "inflated only together"),
+    "no digest": (drop(6, "digest", "chunkDigest"), NotLazy, "no SHA-256"),
+    "a chunk without digest": (drop(1, "chunkDigest"), NotLazy, "no SHA-256"),
+    "another digest": (change(6, chunkDigest="sha512:" + "0" * 128), NotLazy, "no SHA-256"),
+    "a short digest": (change(6, chunkDigest="sha256:" + "0" * 62), InvalidLayer, "is none"),
+    "a digest of letters": (change(6, chunkDigest="sha256:" + "x" * 64), InvalidLayer, "is none"),
+    "spaces in a digest": (change(6, chunkDigest="sha256:" + " " * 64), InvalidLayer, "is none"),
+    "..": (append(type="dir", name="a/../../b"), InvalidLayer, "with '..'"),
+    "link to ..": (append(type="hardlink", name="x", linkName="../b"), InvalidLayer, "with '..'"),
+    "a name of 256": (append(type="dir", name="d/" + "n" * 256), InvalidLayer, "256 bytes"),
+    "a path of 4096": (append(type="dir", name="d/" * 2047 + "xx"), LimitExceeded, "4096 bytes"),
+    "a zero byte": (append(type="dir", name="a\0b"), InvalidLayer, "zero byte"),
+    "a zero byte in a link": (
+        append(type="symlink", name="x", linkName="a\0b"),
+        InvalidLayer,
+        "zero byte",
+    ),
+    "a name that was not UTF-8": (append(type="dir", name="caf\ufffd"), NotLazy, "UTF-8"),
+    "an empty link": (append(type="symlink", name="x"), InvalidLayer, "text of 0 bytes"),
+    "a whiteout in overlayfs' way": (append(type="char", name="x"), InvalidLayer, "0:0"),
+    "a device that is none": (
+        append(type="block", name="x", devMajor=4096),
+        InvalidLayer,
+        "device 4096:0",
+    ),
+    "an owner that is none": (append(type="dir", name="x", uid=-1), InvalidLayer, "owner -1:0"),
+    "an unknown type": (append(type="socket\n", name="x"), InvalidLayer, "none of reg"),
+    "no type": (append(name="x"), InvalidLayer, "missing required field `type`"),
+    "a time that is none": (append(type="dir", name="x", modtime="yesterday"), NotLazy, "time"),
+    "the 30th of February": (
+        append(type="dir", name="x", modtime="2024-02-30T00:00:00Z"),
+        NotLazy,
+        "time",
+    ),
+    "a year too far": (
+        append(type="dir", name="x", modtime="10000-01-01T00:00:00Z"),
+        NotLazy,
+        "time",
+    ),
+    "an attribute not in base64": (
+        append(type="dir", name="x", xattrs={"user.a": "!"}),
+        InvalidLayer,
+        "base64",
+    ),
+    "attributes that are none": (append(type="dir", name="x", xattrs=[1]), InvalidLayer, "base64"),
+    "an attribute without end": (
+        append(type="dir", name="x", xattrs={"user.a": "A" * 2_000_000}),
+        LimitExceeded,
+        "extended attributes",
+    ),
+    "an attribute too long": (
+        append(type="dir", name="x", xattrs={"user.a": "A" * 100_000}),
+        LimitExceeded,
+        "extended attributes",
+    ),
+    "a nameless attribute": (
+        append(type="dir", name="x", xattrs={"user.\0": ""}),
+        InvalidLayer,
+        "zero byte",
+    ),
+    "text for a number": (change(0, size="1"), InvalidLayer, "can't be understood"),
+    "a fraction": (change(0, offset=0.5), InvalidLayer, "can't be understood"),
+    "not a number": (change(0, size=float("nan")), InvalidLayer, "can't be understood"),
+    "infinite": (change(0, size=float("inf")), InvalidLayer, "can't be understood"),
+    "2 to the 63rd": (change(0, size=1 << 63), InvalidLayer, "can't be understood"),
+    "a thousand digits": (change(0, size=10**1000), InvalidLayer, "can't be understood"),
+    "an entry that is none": (
+        lambda toc: toc["entries"].append(7),
+        InvalidLayer,
+        "can't be understood",
+    ),
+    "version 2": (lambda toc: toc.update(version=2), NotLazy, "version 2"),
+    "no version": (lambda toc: toc.pop("version"), NotLazy, "version 0"),
+}
+
+
+@CODECS
+@pytest.mark.parametrize("lie", LIES)
+def test_tables_that_lie(codec: Codec, lie: str) -> None:
+    edit, error, words = LIES[lie]
+    limits = LayerLimits(layer_bytes=1_000_000)
+    blob = WRITERS[codec](THREE, chunk_size=4096, edit=edit)
+    assert words in refusal(blob, error, limits)
+
+
+@CODECS
+@pytest.mark.parametrize(
+    "document",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"version":1,"entries":{}}',
+        b'{"version":1,"entries":[]}]',
+        b'{"version":1,"entries":[{"type":"dir","name":"\xff"}]}',
+        b'{"version":1,"entries":[{"type":"dir","name":"\\ud800"}]}',
+        b'{"version":1,"entries":' + b"[" * 100_000,
+        b'{"version":1,"more":' + b'{"a":' * 100_000,
+    ],
+    ids=range(9),
+)
+def test_documents_that_are_no_tables(codec: Codec, document: bytes) -> None:
+    blob = WRITERS[codec](THREE, document=document)
+    assert "can't be understood" in refusal(blob, InvalidLayer)
+
+
+@CODECS
+@pytest.mark.parametrize("document", [b'{"version":1}', b'{"version":1,"entries":null}'])
+def test_an_empty_layer(codec: Codec, document: bytes) -> None:
+    toc = toc_of(WRITERS[codec](archive(), document=document))
+    assert (toc.entries, toc.data_size, toc.spans.prefetch_end) == ([], 0, 0)
+
+
+@CODECS
+def test_limits(codec: Codec) -> None:
+    blob = WRITERS[codec](THREE, chunk_size=4096)
+    toc_of(blob, LayerLimits(layer_entries=3, layer_metadata_bytes=3, layer_bytes=24_676))
+    assert "than 2 files" in refusal(blob, LimitExceeded, LayerLimits(layer_entries=2))
+    short = LayerLimits(layer_metadata_bytes=2)
+    assert "more than 2 bytes" in refusal(blob, LimitExceeded, short)
+    assert "layer_bytes" in refusal(blob, LimitExceeded, LayerLimits(layer_bytes=24_675))
+    dense = LayerLimits(layer_ratio=2, ratio_floor=10_000)
+    assert "layer_ratio" in refusal(blob, LimitExceeded, dense)
+
+
+def test_millions_of_entries() -> None:
+    item = b'{"type":""},'
+    document = b'{"version":1,"entries":[' + item * 1_100_000 + b'{"type":""}]}'
+    blob = estargz(archive(), document=document)
+    few = LayerLimits(layer_entries=1000)
+    assert "table of contents has more than" in refusal(blob, LimitExceeded, few)
+
+
+@CODECS
+def test_names_are_cleaned_and_later_ones_win(codec: Codec) -> None:
+    parts = (entry(name, data=name) for name in (b"/a", b"./a", b"x/../a", b"//b/./a//"))
+    toc = toc_of(WRITERS[codec](archive(*parts)))
+    assert [item.path for item in toc.entries] == [b"a", b"a", b"a", b"b/a"]
+    builder = Builder()
+    for item in toc.entries:
+        builder.add(item)
+    assert builder.finish().root.children[b"a"].size == len(b"x/../a")
+
+
+@CODECS
+@pytest.mark.parametrize(
+    "links",
+    [{"x": "x"}, {"x": "y", "y": "x"}, {"x": "nowhere"}, {"x": ".prefetch.landmark"}],
+)
+def test_hard_links_to_nowhere(codec: Codec, links: dict[str, str]) -> None:
+    parts = [entry(name.encode(), b"1", link=to.encode()) for name, to in links.items()]
+    toc = toc_of(WRITERS[codec](archive(PREFETCH, *parts)))
+    builder = Builder()
+    for item in toc.entries:
+        builder.add(item)
+    tree = builder.finish()
+    assert not tree.root.children
+    assert "neither in the layer nor below" in tree.unresolved
+
+
+# --- tables that are not there ------------------------------------------------------------
+
+
+def annotated(blob: LazyBlob, **annotations: str | None) -> LazyBlob:
+    """With annotations, whose names end as given, changed or without them."""
+    old = blob.layer.annotations or {}
+    new = {}
+    for key, value in old.items():
+        ending = key.rpartition("-")[2].rpartition(".")[2]
+        if (found := annotations.get(ending, value)) is not None:
+            new[key] = found
+    layer = msgspec.structs.replace(blob.layer, annotations=new)
+    return LazyBlob(blob.data, layer, blob.diff_id, blob.toc)
+
+
+@pytest.mark.parametrize("digest", ["", "sha256:" + "0" * 64, "nonsense\n" * 100])
+def test_another_table_than_announced(digest: str) -> None:
+    refusal(annotated(estargz(THREE), digest=digest), DigestMismatch)
+    refusal(annotated(zstd_chunked(THREE), checksum=digest), DigestMismatch)
+
+
+def test_the_digest_is_checked_before_the_table_is_decoded() -> None:
+    for writer in WRITERS.values():
+        blob = writer(THREE, document=b"no JSON")
+        refusal(annotated(blob, digest="x", checksum="x"), DigestMismatch)
+
+
+@pytest.mark.parametrize("where", [0, 1, 100, (1 << 64) - 1])
+def test_a_footer_that_points_elsewhere(where: int) -> None:
+    refusal(estargz(THREE, offset=where), InvalidLayer)
+
+
+def test_a_layer_compressed_again_has_no_footer() -> None:
+    blob = estargz(THREE)
+    for data in (blob.data[:-1], blob.data + b"\0", blob.data[-51:], b"x"):
+        layer = msgspec.structs.replace(blob.layer, size=len(data))
+        refusal(LazyBlob(data, layer, blob.diff_id, blob.toc), NotLazy)
+
+
+@pytest.mark.parametrize(
+    ("position", "error"),
+    [
+        ("", None),
+        ("1:2:3", InvalidLayer),
+        ("a:b:c:1", InvalidLayer),
+        ("-1:5:5:1", InvalidLayer),
+        ("0:5:5:1", InvalidLayer),
+        ("99:0:5:1", InvalidLayer),
+        ("99:999999999:5:1", NotLazy),
+        ("99:5:999999999:1", NotLazy),
+        ("99:5:5:2", NotLazy),
+        ("99:90000:5:1", InvalidLayer),
+        ("999999999999999999:5:5:1", InvalidLayer),
+        ("99:50:5:1", DigestMismatch),
+    ],
+)
+def test_positions(position: str, error: type[StoreError] | None) -> None:
+    blob = annotated(zstd_chunked(THREE), position=position)
+    if error is None:
+        assert read_toc(blob.layer, blob.read, LIMITS) is None
+    else:
+        refusal(blob, error)
+
+
+def test_a_position_needs_a_digest_and_the_right_length() -> None:
+    blob = zstd_chunked(THREE)
+    refusal(annotated(blob, checksum=None), NotLazy)
+    start, end = blob.toc
+    for length in (1, 100_000):
+        refusal(annotated(blob, position=f"{start}:{end - start}:{length}:1"), InvalidLayer)
+
+
+@pytest.mark.parametrize(
+    "member",
+    [b"\0", b"not gzip", gzip.compress(b""), gzip.compress(bytes(512)), gzip.compress(TREE)],
+    ids=["zero", "plain", "empty", "block", "archive"],
+)
+def test_members_that_are_no_tables(member: bytes) -> None:
+    blob = estargz(archive())
+    data = blob.data[: blob.toc[0]] + member + blob.data[-51:]
+    layer = msgspec.structs.replace(blob.layer, size=len(data))
+    refusal(LazyBlob(data, layer, blob.diff_id, blob.toc), InvalidLayer)
+
+
+def test_a_failing_registry_is_no_wrong_table() -> None:
+    def read(offset: int, length: int) -> bytes:
+        raise RegistryTimeout("no answer")
+
+    for blob in (estargz(THREE), zstd_chunked(THREE)):
+        with pytest.raises(RegistryTimeout):
+            read_toc(blob.layer, read, LIMITS)
+
+
+def test_bytes_other_than_the_table_says_are_refused(tmp_path: Path) -> None:
+    other = "sha256:" + "0" * 64
+    for writer in WRITERS.values():
+        blob = writer(THREE, chunk_size=4096, edit=change(1, chunkDigest=other))
+        with pytest.raises(DigestMismatch):
+            filled(toc_of(blob), blob, tmp_path)
