@@ -1,9 +1,13 @@
 """Where images come from: what registries and directories have in common."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from store.manifest import Descriptor
 from store.reference import Reference
+
+BlobReader = Callable[[int, int], bytes]
+"""Given offset and length, exactly those bytes of one blob, not verified. Raises StoreError."""
 
 
 class BlobStream(Protocol):

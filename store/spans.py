@@ -120,20 +120,18 @@ class SpanWriter:
             )
         if span.start > self._end:
             self._append(Span(self._end, span.start))
+        span.first, span.count = len(self._pieces), len(pieces)
+        number = len(self._spans)
         for piece in pieces:
-            if piece.target < self._target or piece.inner + piece.size > span.size:
+            target, size, inner = piece.target, piece.size, piece.inner
+            if target < self._target or inner + size > span.size:
                 raise InvalidLayer(
                     "the layer's table of contents has contents that overlap or are longer than "
                     "what holds them; do not trust this image"
                 )
-            self._target = piece.target + piece.size
-        span.first, span.count = len(self._pieces), len(pieces)
+            self._target = target + size
+            self._pieces.append(_PIECE.pack(target, size, inner, number, piece.digest))
         self._append(span)
-        number = len(self._spans) - 1
-        self._pieces += [
-            _PIECE.pack(piece.target, piece.size, piece.inner, number, piece.digest)
-            for piece in pieces
-        ]
 
     def _append(self, span: Span) -> None:
         self._end = span.end
