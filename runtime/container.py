@@ -49,6 +49,7 @@ from runtime.settings import (
 )
 from runtime.signals import parse_signal, signal_name
 from runtime.steps import Ending, Services, Steps
+from store.cas import Digest
 from store.errors import CtrfsError
 
 log = logging.getLogger(__name__)
@@ -719,6 +720,10 @@ class Container:
                 pinned = self._pin()
                 await self._commit(image=pinned)
             return await _slowly(self._steps.mount, pinned)
+
+    def has_layer(self, diff_id: Digest) -> bool:
+        """Whether its root filesystem has a layer."""
+        return self._record.image is not None and diff_id in self._record.image.diff_ids
 
     def uses(self, digest: str) -> bool:
         """Whether it needs the image with this manifest digest."""

@@ -245,14 +245,3 @@ def unescape(text: str) -> str:
 def escape(text: str) -> str:
     r"""The reverse of unescape()."""
     return re.sub(r"[ \t\n\\#]", lambda match: f"\\{ord(match[0]):03o}", text)
-
-
-def fanotify_init(flags: int, event_flags: int) -> int:
-    """fanotify_init(2): the group's descriptor."""
-    return _check(_libc.fanotify_init(flags, event_flags))
-
-
-def fanotify_mark(group: int, flags: int, mask: int, path: str) -> None:
-    """fanotify_mark(2)."""
-    arguments = (group, flags, ctypes.c_uint64(mask), _AT_FDCWD, os.fsencode(path))
-    _check(_libc.fanotify_mark(*arguments), path)

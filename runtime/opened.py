@@ -55,9 +55,9 @@ class Recording:
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
         self._group = linux.fanotify_init(_CLOEXEC | _NONBLOCK, flags)
         try:
-            linux.fanotify_mark(
-                self._group, _MARK_ADD | _MARK_FILESYSTEM, _OPEN | _OPEN_EXEC, self._prefix
-            )
+            flags = _MARK_ADD | _MARK_FILESYSTEM
+            events = _OPEN | _OPEN_EXEC
+            linux.fanotify_mark(self._group, flags, events, linux.AT_FDCWD, self._prefix)
         except OSError:
             self.close()
             raise

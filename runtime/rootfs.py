@@ -110,14 +110,22 @@ class Rootfs:
         device = self._devices(image.incomplete)
         return msgspec.structs.replace(image, data=Path(device.path)), device.served
 
-    def forget_served_layers(self) -> None:
-        """Detach the layers whose server has died, so that they are mounted anew. Who uses them
-        keeps them as they are."""
+    def forget_layers(self, *, only_served: bool) -> bool:
+        """Detach layers so that they are mounted anew: all, or those whose server has died. Who
+        uses them keeps them as they are.
+
+        Returns:
+            Whether there were any.
+        """
+        found = False
         with self._lock:
             for mount in linux.mounts():
                 path = Path(mount.target)
-                if path.parent == self._layers and path.name.endswith(_SERVED):
+                served = path.name.endswith(_SERVED)
+                if path.parent == self._layers and (served or not only_served):
                     linux.umount(mount.target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+                    found = True
+        return found
 
     def _mount_layer(self, image: LayerImage, target: str) -> None:
         try:

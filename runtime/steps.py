@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,8 @@ _KILLED_EXIT = 137
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What all containers share. ``root`` and ``run`` are the directories of containers."""
+    """What all containers share. ``root`` and ``run`` are the directories of containers;
+    ``held`` gives the descriptors that keep the readers of incomplete layers waiting."""
 
     store: Store
     rootfs: Rootfs
@@ -57,6 +58,7 @@ class Services:
     records: Records
     root: Path
     run: Path
+    held: Callable[[], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,8 @@ class Steps:
         finished = spec.complete(document, root, self.cgroup_path, record.user)
         (self._place.bundle / "config.json").write_bytes(spec.encode(finished))
         conmon = find_program(services.config.conmon)
-        return monitor.create(conmon, services.runtime, self._place, values.stdin)
+        held = () if services.store.complete(pinned.diff_ids) else services.held()
+        return monitor.create(conmon, services.runtime, self._place, values.stdin, held)
 
     def mount(self, pinned: Pinned) -> Path:
         """Mount the root filesystem unless it is there."""

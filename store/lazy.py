@@ -141,22 +141,30 @@ def _boot_id() -> bytes:
     return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
 
 
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
 class LazyLayer:
     """An incomplete layer, open. One process at a time; safe to use from several threads.
 
     Args:
         directory: the layer's.
         diff_id: the layer's.
+        open_data: gives a descriptor of the data file for reading and writing.
 
     Attributes:
         complete: all of it is here and verified.
+        data_fd: that descriptor.
         record, table: see the head of the module.
 
     Raises:
         CorruptContent: a file is missing or damaged.
     """
 
-    def __init__(self, directory: Path, diff_id: Digest) -> None:
+    def __init__(
+        self, directory: Path, diff_id: Digest, open_data: Callable[[Path], int] = _open
+    ) -> None:
         self.directory = directory
         self.diff_id = diff_id
         self.record = read_record(directory)
@@ -164,8 +172,8 @@ class LazyLayer:
         self.complete = False
         self._lock = threading.Lock()
         with storage(f"opening the layer in {directory}"):
-            self._data = os.open(directory / "data", os.O_RDWR | os.O_CLOEXEC)
-            self._blob = os.open(directory / "blob", os.O_RDWR | os.O_CLOEXEC)
+            self.data_fd = open_data(directory / "data")
+            self._blob = _open(directory / "blob")
             with (directory / _PRESENT).open("r+b") as file:
                 self.identity = os.fstat(file.fileno()).st_ino
                 self._present = mmap.mmap(file.fileno(), 0)
@@ -212,7 +220,7 @@ class LazyLayer:
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the data file, whose spans must be here."""
-        return os.pread(self._data, length, offset)
+        return os.pread(self.data_fd, length, offset)
 
     def is_in(self, directory: Path) -> bool:
         """Whether the directory still holds this very layer, incomplete."""
@@ -244,7 +252,7 @@ class LazyLayer:
         contents = list(inflate_pieces(self.table, number, blob))
         with storage(f"writing the layer in {self.directory}"):
             for piece, content in contents:
-                _write(self._data, content, piece.target)
+                _write(self.data_fd, content, piece.target)
         self.take_raw(self.table.range_of(number)[0], blob)
         self.arrived(number, _BORROWED if borrowed else _HERE)
 
@@ -286,7 +294,7 @@ class LazyLayer:
                 # What holds no contents can't be verified alone, and is short.
                 with suppress(DigestMismatch):
                     self.take(number, memoryview(os.pread(self._blob, end - start, start)))
-        os.fsync(self._data)
+        os.fsync(self.data_fd)
         os.fsync(self._blob)
         self._present[8:24] = _boot_id()
 
@@ -351,7 +359,7 @@ class LazyLayer:
             StorageFailed: the disk failed.
         """
         with storage(f"completing the layer in {self.directory}"):
-            os.fsync(self._data)
+            os.fsync(self.data_fd)
             cas.adopt(self.record.blob.content, self._blob, self.directory / "blob")
             _mark_complete(self.directory)
         self.complete = True
@@ -366,7 +374,7 @@ class LazyLayer:
         """Let go of the files."""
         self.table.close()
         self._present.close()
-        os.close(self._data)
+        os.close(self.data_fd)
         os.close(self._blob)
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -77,6 +78,11 @@ class Store:
     def incomplete(self, image: Image) -> tuple[Digest, ...]:
         """The layers of an image whose contents are not all here; looks at a file for each."""
         return tuple(layer.diff_id for layer in self._layers_of(image) if not layer.complete)
+
+    def complete(self, diff_ids: Sequence[Digest]) -> bool:
+        """Whether all contents of these layers are here."""
+        layers = map(self.layers.get, diff_ids)
+        return all(layer is not None and layer.complete for layer in layers)
 
     def percent(self, image: Image) -> int | None:
         """How much of an image's layers is here, rounded down; None when all of it is."""

@@ -60,7 +60,9 @@ async def _serve(
     rootfs = await trio.to_thread.run_sync(
         Rootfs, options.run, None, lambda diff_id: trio.from_thread.run(client.device, diff_id)
     )
-    containers = Containers(store, rootfs, config.runtime, options.root, options.run)
+    containers = Containers(
+        store, rootfs, config.runtime, options.root, options.run, lambda: client.held
+    )
     mountpoint = str(options.mountpoint)
     automounts = Automounts(mountpoint)
     failures = Failures()
@@ -77,7 +79,9 @@ async def _serve(
                 config=config,
                 info=await trio.to_thread.run_sync(features.report, config.runtime),
             )
-            follower = layers.Follower(store, rootfs, containers, automounts, failures, nursery)
+            follower = layers.Follower(
+                store, rootfs, containers, automounts, failures, nursery, client
+            )
             nursery.start_soon(client.follow, follower.heard, follower.restarted)
             stop = trio.Event()
             nursery.start_soon(_stop_on_signal, stop)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from functools import partial
 
 import trio
 
@@ -17,6 +18,11 @@ from store.store import Store
 from tools.options import Options
 
 log = logging.getLogger(__name__)
+
+_LOST = (
+    "all processes that guard incomplete layers were killed at once; containers that used them are "
+    "ended, because they may have read zeros"
+)
 
 # Nobody in particular: a read of a file comes from the kernel.
 _KERNEL = Caller(0, 0, 0)
@@ -40,8 +46,10 @@ class Follower:
         automounts: Automounts,
         failures: Failures,
         nursery: trio.Nursery,
+        client: LayerClient,
     ) -> None:
         self._store = store
+        self._client = client
         self._rootfs = rootfs
         self._containers = containers
         self._automounts = automounts
@@ -59,6 +67,9 @@ class Follower:
                 return
             case "refused":
                 self._store.layers.refused(diff_id)
+            case "lost":
+                news = News("lost", diff_id, _LOST)
+                self._nursery.start_soon(self._give_up, diff_id)
         events.emit(f"layer.{news.kind}", diff_id=diff_id, error=news.sentence)
         self._failures.add(self._path(diff_id), "read", _KERNEL, news.errno, news.sentence)
 
@@ -68,12 +79,22 @@ class Follower:
                 return f"images/{image.name}/layers/{image.diff_ids.index(diff_id)}/rootfs"
         return "images"
 
+    async def _give_up(self, diff_id: Digest) -> None:
+        await self._containers.condemn(diff_id, _LOST)
+        await self._mount_anew(only_served=False)
+
     def restarted(self) -> None:
         """The server was replaced: what is mounted of its files is dead."""
-        self._store.events.emit("layerserver.restart")
-        self._nursery.start_soon(self._mount_anew)
+        self._store.events.emit("layerserver.start")
+        self._nursery.start_soon(self._restarted)
 
-    async def _mount_anew(self) -> None:
-        await trio.to_thread.run_sync(self._rootfs.forget_served_layers)
+    async def _restarted(self) -> None:
+        if (await self._client.status()).method == "fuse":
+            await self._mount_anew(only_served=True)
+
+    async def _mount_anew(self, *, only_served: bool) -> None:
+        forget = partial(self._rootfs.forget_layers, only_served=only_served)
+        if not await trio.to_thread.run_sync(forget):
+            return
         await self._automounts.detach_below("")
         await self._containers.detach_idle()

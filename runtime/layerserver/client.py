@@ -14,7 +14,9 @@ from pathlib import Path
 import msgspec
 import trio
 
+from runtime import keeper
 from runtime.layerserver import protocol, rundir
+from runtime.layerserver.fanotify_serving import group_name
 from runtime.layerserver.protocol import (
     Answer,
     Configure,
@@ -61,6 +63,8 @@ class LayerClient:
         self._config = config
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
+        # Descriptors that whoever reads incomplete layers should hold, to pass to monitors.
+        self.held: tuple[int, ...] = ()
 
     # --- requests ----------------------------------------------------------------------
 
@@ -146,11 +150,26 @@ class LayerClient:
         (self._run / protocol.CONFIG).chmod(0o600)
         listening = await self._listening()
         await self._ask(Configure(self._config))  # for one that was here before this daemon
+        if self._process is not None:
+            restarted()
         while True:
+            await self._hold()
             await self._hear(listening, heard)
             log.warning("the layer server has died; it is started again")
             listening = await self._listening()
             restarted()
+
+    async def _hold(self) -> None:
+        """Hold the group of events that readers wait for, so that it outlives the server, and
+        the monitors of containers can hold it as well."""
+        if self.held or (await self.status()).method != "fanotify":
+            return
+        name = group_name(self._run)
+        for pid in await trio.to_thread.run_sync(keeper.find, name):
+            taken = await trio.to_thread.run_sync(keeper.take, pid, name)
+            if taken is not None:
+                self.held = taken
+                return
 
     async def _listening(self) -> trio.SocketStream:
         """A connection that brings news, of a server that is started if there is none."""

@@ -100,12 +100,13 @@ class Report(msgspec.Struct, tag=True, frozen=True):
 Answer = Done | Device | Failure | Report
 
 
-Kind = Literal["complete", "refused", "failed", "attack"]
+Kind = Literal["complete", "refused", "failed", "attack", "lost"]
 
 
 class News(msgspec.Struct, frozen=True):
     """Something happened to a layer: it is ``complete``, its blob was ``refused`` as a whole, a
-    read ``failed``, or bytes were wrong (``attack``)."""
+    read ``failed``, bytes were wrong (``attack``), or for a while nobody guarded it while it
+    was mounted, so that who read it may have read zeros (``lost``)."""
 
     kind: Kind
     diff_id: str

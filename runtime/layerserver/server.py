@@ -8,17 +8,19 @@ import errno
 import logging
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import pyfuse3
 import trio
-import trio.lowlevel
 
+from runtime import fanotify
+from runtime.errors import Unsupported
 from runtime.layerserver import protocol, rundir
 from runtime.layerserver.completion import complete
-from runtime.layerserver.devices import OPTIONS, Devices
+from runtime.layerserver.fanotify_serving import FanotifyServing
 from runtime.layerserver.fill import Filler
+from runtime.layerserver.fuse import FuseServing
 from runtime.layerserver.protocol import (
     Answer,
     Configure,
@@ -36,6 +38,7 @@ from runtime.layerserver.protocol import (
     Request,
     Status,
 )
+from runtime.layerserver.serving import Serving
 from store import lazy
 from store.cas import Cas, Digest, parse_digest
 from store.config import StoreConfig
@@ -63,8 +66,6 @@ _GRACE_SECONDS = 10.0
 _MAX_REQUEST = 16 << 20
 # Spans asked for at once where all of a layer is wanted.
 _BATCH = 500
-# Readers that wait, each in a task of its own.
-_MAX_TASKS = 2000
 
 
 class LayersInUse(CtrfsError):
@@ -87,7 +88,7 @@ class LayerServer:
         self._run = run
         self._cas = Cas(root, guest=True)
         self._fetchers: dict[Digest, Fetcher] = {}
-        self._devices = Devices(lambda name: self._fetchers.get(Digest(f"sha256:{name}")))
+        self._serving, self._why = _choose(root, run, config, self._by_name)
         self._lender = Lender(self._layers, self._cas, self._lazy_layer)
         self._listeners: set[trio.MemorySendChannel[News]] = set()
         self._configure(config)
@@ -107,35 +108,33 @@ class LayerServer:
             StoreInUse: another server has the directory.
         """
         with rundir.claimed(self._run):
-            mountpoint = await trio.to_thread.run_sync(rundir.make_mountpoint, self._run)
-            pyfuse3.init(self._devices, str(mountpoint), set(OPTIONS))
             try:
                 async with trio.open_nursery() as self._nursery:
                     self._nursery.start_soon(self._end_on_signal)
-                    self._nursery.start_soon(self._serve_files)
                     await self._load()
+                    self._lost = [f.layer.diff_id for f in self._serving.unguarded()]
+                    await self._nursery.start(self._serve)
                     self._nursery.start_soon(self._filler.run)
                     await self._nursery.start(self._serve_requests)
                     await self._until_unneeded()
                     self._nursery.cancel_scope.cancel()
             finally:
-                pyfuse3.close()
                 self._lender.close()
                 rundir.tidy(self._run)
+
+    async def _serve(self, *, task_status: trio.TaskStatus[None]) -> None:
+        await self._serving.run(task_status=task_status)
+        self._nursery.cancel_scope.cancel()
 
     async def _end_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
                 self._nursery.cancel_scope.cancel()
 
-    async def _serve_files(self) -> None:
-        await pyfuse3.main(min_tasks=10, max_tasks=_MAX_TASKS)
-        self._nursery.cancel_scope.cancel()
-
     async def _until_unneeded(self) -> None:
         needed = trio.current_time()
         while trio.current_time() - needed < _GRACE_SECONDS:
-            if self._listeners or self._devices.in_use:
+            if self._listeners or self._serving.in_use:
                 needed = trio.current_time()
             await trio.sleep(0.1)
 
@@ -143,8 +142,11 @@ class LayerServer:
         await trio.lowlevel.checkpoint()  # after the answer
         self._nursery.cancel_scope.cancel()
 
+    def _by_name(self, name: str) -> Fetcher | None:
+        return self._fetchers.get(Digest(f"sha256:{name}"))
+
     def _lazy_layer(self, name: str) -> LazyLayer | None:
-        fetcher = self._fetchers.get(Digest(f"sha256:{name}"))
+        fetcher = self._by_name(name)
         return fetcher.layer if fetcher else None
 
     # --- layers ------------------------------------------------------------------------
@@ -175,7 +177,9 @@ class LayerServer:
             raise BlobNotFound(f"the layer {diff_id} is not here; pull the image again")
         if await trio.to_thread.run_sync(lazy.settle, directory, self._cas):
             return None
-        layer = await trio.to_thread.run_sync(LazyLayer, directory, diff_id)
+        layer = await trio.to_thread.run_sync(
+            LazyLayer, directory, diff_id, self._serving.open_data
+        )
         fetcher = Fetcher(
             layer,
             self._source(layer),
@@ -190,7 +194,10 @@ class LayerServer:
         # Another task may have been faster.
         known = self._fetchers.setdefault(diff_id, fetcher)
         if known is fetcher:
+            self._serving.add(fetcher)
             self._nursery.start_soon(self._begin, fetcher)
+        else:
+            layer.close()
         self._slots.used()  # who had it opened will read it
         self._filler.wake()
         return known
@@ -225,6 +232,7 @@ class LayerServer:
         except PullCancelled:
             return
         if fetcher.layer.complete:
+            self._serving.completed(fetcher)
             self._tell(News("complete", diff_id))
         elif fetcher.refused:
             log.error("the layer %s: %s", diff_id, fetcher.refused)
@@ -267,6 +275,9 @@ class LayerServer:
         self._listeners.add(send)
         try:
             await stream.send_all(protocol.encode(Done()))
+            lost, self._lost = self._lost, []
+            for diff_id in lost:
+                await stream.send_all(protocol.encode(News("lost", diff_id)))
             async with trio.open_nursery() as nursery:
 
                 async def watch() -> None:
@@ -296,7 +307,7 @@ class LayerServer:
                     self._filler.rate = config.lazy.fill_rate
                     self._config = config
                 case End():
-                    if self._devices.in_use:
+                    if self._serving.in_use:
                         raise LayersInUse("layers are in use, so their server goes on")
                     self._nursery.start_soon(self._end)
                 case Status():
@@ -311,10 +322,10 @@ class LayerServer:
 
     async def _device(self, diff_id: Digest) -> Device:
         fetcher = await self._open(diff_id)
-        name = diff_id.removeprefix("sha256:")
         if fetcher is None or fetcher.layer.complete:
+            name = diff_id.removeprefix("sha256:")
             return Device(str(self._layers / name / "data"), served=False)
-        return Device(str(self._run / protocol.DEVICES / name), served=True)
+        return self._serving.device(fetcher)
 
     async def _fetch(self, diff_id: Digest, ranges: Ranges | None) -> None:
         fetcher = await self._open(diff_id)
@@ -339,7 +350,26 @@ class LayerServer:
             diff_id: (fetcher.layer.fetched, fetcher.layer.record.blob.size)
             for diff_id, fetcher in self._fetchers.items()
         }
-        return Report(os.getpid(), "fuse", "", layers)
+        return Report(os.getpid(), self._serving.name, self._why, layers)
+
+
+def _choose(
+    root: Path, run: Path, config: StoreConfig, find: Callable[[str], Fetcher | None]
+) -> tuple[Serving, str]:
+    """How to serve, and why not in the better way.
+
+    Raises:
+        Unsupported: the way that is configured is impossible here.
+    """
+    method = config.lazy.method
+    if method == "fuse":
+        return FuseServing(run, find), "the configuration says fuse"
+    why = fanotify.available(root)
+    if why is None:
+        return FanotifyServing(run), ""
+    if method == "fanotify":
+        raise Unsupported(f"layers can't be served with fanotify: {why}")
+    return FuseServing(run, find), why
 
 
 def _spans(fetcher: Fetcher, ranges: Ranges) -> list[range]:

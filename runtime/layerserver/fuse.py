@@ -1,4 +1,4 @@
-"""The data of incomplete layers as files of a FUSE filesystem: EROFS mounts have them as devices.
+"""Serving with FUSE: the data of incomplete layers are files, which EROFS mounts have as devices.
 
 A directory of files, one a layer, named by the hexadecimal diff_id. A read of bytes that are
 not here waits until they are. When this process dies, the kernel answers every read of what it
@@ -10,13 +10,20 @@ import logging
 import os
 import stat
 from collections.abc import Callable
+from pathlib import Path
 
 import pyfuse3
+import trio
 
+from runtime.layerserver import protocol, rundir
+from runtime.layerserver.protocol import Device
 from store.errors import StoreError
 from store.fetcher import Fetcher
 
 log = logging.getLogger(__name__)
+
+# Readers that wait, each in a task of its own.
+_MAX_TASKS = 2000
 
 # Names and attributes never change; what is gone is not asked for again.
 _FOREVER = 86400.0
@@ -24,12 +31,57 @@ _FOREVER = 86400.0
 OPTIONS = frozenset({"fsname=ctrfs-layers", "subtype=ctrfs-layers", "default_permissions", "ro"})
 
 
-class Devices(pyfuse3.Operations):
-    """The filesystem.
+class FuseServing:
+    """Serves layers as files below a directory; see ``serving.Serving``.
 
     Args:
+        run: the server's run directory.
         find: the fetcher of a layer by its hexadecimal diff_id, or None.
     """
+
+    name = "fuse"
+
+    def __init__(self, run: Path, find: Callable[[str], Fetcher | None]) -> None:
+        self._run = run
+        self._files = _Files(find)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether some layer is open, as by a mount."""
+        return self._files.in_use
+
+    def unguarded(self) -> list[Fetcher]:
+        """None: without its process a layer can't be read at all."""
+        return []
+
+    def open_data(self, path: Path) -> int:
+        """A descriptor of a data file for reading and writing."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def add(self, fetcher: Fetcher) -> None:
+        """A layer is found when it is looked up."""
+
+    def completed(self, fetcher: Fetcher) -> None:
+        """Who has it mounted goes on through this process."""
+
+    def device(self, fetcher: Fetcher) -> Device:
+        """The layer's file."""
+        name = fetcher.layer.directory.name
+        return Device(str(self._run / protocol.DEVICES / name), served=True)
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Serve until cancelled, or until somebody unmounts the files."""
+        mountpoint = await trio.to_thread.run_sync(rundir.make_mountpoint, self._run)
+        pyfuse3.init(self._files, str(mountpoint), set(OPTIONS))
+        try:
+            task_status.started()
+            await pyfuse3.main(min_tasks=10, max_tasks=_MAX_TASKS)
+        finally:
+            pyfuse3.close()
+
+
+class _Files(pyfuse3.Operations):
+    """The filesystem."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
