@@ -23,7 +23,9 @@ Rules for the users of this module:
   was opened while there was no mark never waits.
 - A mark is removed when all contents are there, not before, and is not set again while the
   file is mounted.
-- Nobody touches a marked file but through the descriptor of an event or open_unwatched().
+- The process that reads events touches a marked file through the descriptor of an event or
+  open_unwatched() only, and never truncates it: truncate(2) and ftruncate(2) raise an event
+  whatever the descriptor.
 """
 
 import errno
@@ -39,16 +41,16 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from runtime import linux
-from runtime.errors import Unsupported
+from runtime.errors import RuntimeFailure, Unsupported
 
 # fanotify_init(2). Events that a limited queue has no room for would be let through.
 _CLOEXEC = 0x1
 _NONBLOCK = 0x2
 _CLASS_NOTIF = 0x0
-_CLASS_PRE_CONTENT = 0x8
+CLASS_PRE_CONTENT = 0x8
 _UNLIMITED_QUEUE = 0x10
 _UNLIMITED_MARKS = 0x20
 
@@ -85,26 +87,24 @@ _PROBE = b"filled"
 _OTHER_DESCRIPTORS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class FileId:
+class EventsTaken(RuntimeFailure):
+    """Another process reads the events of a group."""
+
+    errno = errno.EBUSY
+
+
+class FileId(NamedTuple):
     """Which file: st_dev and st_ino."""
 
     device: int
     inode: int
-
-    @classmethod
-    def of(cls, descriptor: int) -> "FileId":
-        """Of an open file."""
-        status = os.fstat(descriptor)
-        return cls(status.st_dev, status.st_ino)
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """A process waits for ``count`` bytes at ``offset`` of a file.
 
-    The range may reach beyond the end of the file, and be empty (its start is then what a
-    truncation or an empty read is about).
+    The range may be empty and may reach beyond the end of the file.
 
     Attributes:
         number: how the kernel knows the event. It is also a descriptor of the file that
@@ -127,8 +127,9 @@ class Event:
 class PreContentGroup:
     """A group, and the events that it has read and not answered.
 
-    One process at a time may read events; that its predecessor is gone is for the caller to
-    see to. Within the process the methods can be called from several threads.
+    One process at a time can have it open so; the others are mere holders. Two would answer
+    each other's events, which have the same numbers. The methods can be called from several
+    threads.
 
     Attributes:
         fd: the group's descriptor, readable when there are events. Holders need it and
@@ -139,10 +140,17 @@ class PreContentGroup:
     def __init__(self, fd: int, slots_fd: int) -> None:
         self.fd = fd
         self.slots_fd = slots_fd
+        # Opened anew for a lock that no holder inherits.
+        self._own_fd = os.open(f"/proc/self/fd/{slots_fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._own_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._own_fd)
+            raise EventsTaken("another process answers the reads of incomplete layers") from None
         # Locked into memory: a page fault in a dying process would turn the kernel's copy of
         # the event into a refusal of the read.
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE | _MAP_LOCKED
-        self._memory = mmap.mmap(slots_fd, 0, flags=flags)
+        self._memory = mmap.mmap(self._own_fd, 0, flags=flags)
         self._lock = threading.Lock()
         self._free: list[int] = []
         self._unanswered: dict[int, Event] = {}
@@ -174,7 +182,7 @@ class PreContentGroup:
                 f"{slots} readers at once need {slots + _OTHER_DESCRIPTORS} descriptors, but"
                 f" {allowed} are allowed; raise the limit (ulimit -n)"
             )
-        flags = _CLASS_PRE_CONTENT | _UNLIMITED_QUEUE | _UNLIMITED_MARKS
+        flags = CLASS_PRE_CONTENT | _UNLIMITED_QUEUE | _UNLIMITED_MARKS
         fd = linux.fanotify_init(flags | _CLOEXEC | _NONBLOCK, _event_flags())
         slots_fd = os.memfd_create(name, os.MFD_CLOEXEC)
         os.ftruncate(slots_fd, (slots + 1) * _SLOT)
@@ -185,7 +193,10 @@ class PreContentGroup:
     def adopt(cls, fd: int, slots_fd: int) -> Self:
         """The group of a predecessor that is gone, from the descriptors that a holder had.
 
+        They belong to the new object, unless this raises.
+
         Raises:
+            EventsTaken: the predecessor, or another successor, still lives.
             Unsupported: they are not of a group that this version made.
         """
         if os.pread(slots_fd, len(_MAGIC), 0) != _MAGIC:
@@ -250,7 +261,10 @@ class PreContentGroup:
         self._finish(event, _ALLOW)
 
     def refuse(self, event: Event) -> None:
-        """Let the reader fail with EIO. Closes ``event.number``."""
+        """Let the reader fail with EIO. Closes ``event.number``.
+
+        What was read ahead may then be tried again alone, as an event of its own.
+        """
         self._finish(event, _DENY_EIO)
 
     def _register(self, event: Event) -> None:
@@ -305,8 +319,8 @@ class PreContentGroup:
     def close(self) -> None:
         """Let go of the group; if nobody else holds it, all readers go on."""
         self._memory.close()
-        os.close(self.slots_fd)
-        os.close(self.fd)
+        for descriptor in (self._own_fd, self.slots_fd, self.fd):
+            os.close(descriptor)
 
 
 def open_unwatched(path: Path) -> int:
