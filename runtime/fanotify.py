@@ -237,7 +237,12 @@ class PreContentGroup:
         return bool(self._free)
 
     def next_event(self) -> Event | None:
-        """The next event, if there is one. Never blocks."""
+        """The next event, if there is one. Never blocks.
+
+        Raises:
+            OSError: the kernel could not open the file for us, say for want of descriptors;
+                that reader has failed with EPERM.
+        """
         with self._lock:
             if not self._free:
                 return None
