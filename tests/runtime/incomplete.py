@@ -3,7 +3,6 @@
 import os
 import random
 import select
-import signal
 import sys
 import tarfile
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from runtime import keeper, linux
 from runtime.fanotify import Event, EventsTaken, FileId, PreContentGroup, open_unwatched
+from runtime.processes import identify
 from runtime.rootfs import mount_file
 from store.cas import digest_of
 from store.layers import LayerImage, LayerLimits, Layers
@@ -159,9 +159,10 @@ def fork(function: Callable[[], object]) -> int:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, and wait if it is a child."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    """SIGKILL, and wait for the end."""
+    process = identify(pid)
+    if process is not None:
+        assert process.kill(5), f"{pid} does not end"
     with suppress(ChildProcessError):
         os.waitpid(pid, 0)
 
