@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import random
+import subprocess
+import sysconfig
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +83,12 @@ def frames(size: int, between: bytes = b"") -> bytes:
     return between.join(compressor.compress(part) for part in parts)
 
 
+def program(*command: str) -> bytes:
+    return subprocess.run(
+        [*command, "-c"], input=ARCHIVE, stdout=subprocess.PIPE, check=True
+    ).stdout
+
+
 SKIPPABLE = b"\x5e\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
 
 BLOBS: dict[str, Callable[[], bytes]] = {
@@ -91,7 +99,8 @@ BLOBS: dict[str, Callable[[], bytes]] = {
     "huffman only": lambda: level(6, zlib.Z_HUFFMAN_ONLY),
     "fixed codes": lambda: level(6, zlib.Z_FIXED),
     "flushed": lambda: level(6, flush_every=128 << 10),
-    "gzip program": lambda: gzip.compress(ARCHIVE),
+    "Python's gzip": lambda: gzip.compress(ARCHIVE),
+    "gzip program": lambda: program("gzip", "-9n"),
     "isal 0": lambda: igzip.compress(ARCHIVE, 0),
     "isal 1": lambda: igzip.compress(ARCHIVE, 1),
     "isal 3": lambda: igzip.compress(ARCHIVE, 3),
@@ -118,6 +127,18 @@ def test_spans_give_what_unpacking_gives(name: str, tmp_path: Path) -> None:
         sizes = [table.span(number).size for number in range(table.spans)]
         assert len(sizes) > 3
         assert max(sizes) < 5 * SPACING
+    table.close()
+
+
+def test_a_real_tree(tmp_path: Path) -> None:
+    command = ["tar", "-cz", "-C", sysconfig.get_path("stdlib"), "encodings", "email", "asyncio"]
+    blob = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    archive = gzip.decompress(blob)
+    index = index_of(blob, archive, tmp_path)
+    table = table_of(index, tmp_path)
+    entries, data = unpacked(blob, archive, tmp_path)
+    assert index.entries == entries
+    assert read_spans(table, blob, tmp_path) == data
     table.close()
 
 
