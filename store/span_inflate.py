@@ -75,7 +75,7 @@ def _inflate(table: SpanTable, number: int, span: Span, blob: bytes | memoryview
             case Codec.ZSTD:
                 return _zstd(blob, span.size)
             case Codec.DEFLATE:
-                return _deflate(blob, span, table.window(number))
+                return inflate_deflate(blob, span, table.window(number))
             case Codec.PLAIN:
                 return bytes(blob[: span.size])
     except (zlib.error, _ISAL_ERROR, zstandard.ZstdError) as error:
@@ -102,9 +102,9 @@ def _zstd(blob: bytes | memoryview, size: int) -> bytes:
     return bytes(out)
 
 
-def _deflate(blob: bytes | memoryview, span: Span, window: bytes) -> bytes:
+def inflate_deflate(blob: bytes | memoryview, span: Span, window: bytes) -> bytes:
     """From the middle of a deflate stream, which may be the middle of a byte; then on into the
-    gzip members that follow."""
+    gzip members that follow. Raises isal's errors."""
     data = bytes(blob)
     if span.bits:
         before = 8 - span.bits  # bits of the byte that belong to the block before

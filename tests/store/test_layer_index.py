@@ -28,6 +28,7 @@ from store.errors import (
 )
 from store.layer_index import SPACING, SPAN_MAX, build_index
 from store.span_inflate import inflate_pieces
+from store.spans import WINDOW
 from store.unpack import LayerLimits
 from tests.support import tars
 from tests.support.indexing import TAR, digest, index_of, read_spans, table_of, unpacked
@@ -128,6 +129,16 @@ def test_spans_give_what_unpacking_gives(name: str, tmp_path: Path) -> None:
         assert len(sizes) > 3
         assert max(sizes) < 5 * SPACING
     table.close()
+
+
+def test_windows_have_what_is_used(tmp_path: Path) -> None:
+    for name, used in (("huffman only", False), ("gzip -6", True)):
+        table = table_of(index_of(BLOBS[name](), ARCHIVE, tmp_path), tmp_path)
+        windows = [table.window(number) for number in range(2, table.spans)]
+        assert {len(window) for window in windows} == {WINDOW}
+        assert all(any(window) == used for window in windows)
+        assert all(window.count(0) > WINDOW // 2 for window in windows)
+        table.close()
 
 
 def test_a_real_tree(tmp_path: Path) -> None:
