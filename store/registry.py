@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
+from urllib.parse import urlencode
 
 import requests
 from urllib3.response import BaseHTTPResponse
@@ -24,7 +25,7 @@ from store.errors import (
     SizeMismatch,
     StoreError,
 )
-from store.manifest import INDEXES, MANIFESTS, Descriptor, check_limit
+from store.manifest import INDEXES, MANIFESTS, OCI_INDEX, Descriptor, check_limit
 from store.reference import DEFAULT_REGISTRY, Reference
 from store.transport import (
     Transport,
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 
 # Docker Hub's name is not the name of its registry.
 _DOCKER_HUB = "registry-1.docker.io"
+
+_NO_QUERY: Mapping[str, str] = {}
 
 _ACCEPT = ", ".join(sorted(MANIFESTS | INDEXES))
 
@@ -125,6 +128,41 @@ class Registry:
             return data
 
         return self._patiently(fetch)
+
+    def fetch_referrers(self, subject: Digest, artifact_type: str) -> bytes | None:
+        """The index of manifests that refer to another one; not verified. None if there is none.
+
+        Registries before version 1.1 of the specification have no list of them; then clients keep
+        one under a tag ("Referrers Tag Schema"). Of a list in several pages, the first is given.
+
+        Args:
+            artifact_type: those wanted; others may be in the list too.
+
+        Raises:
+            LimitExceeded, RegistryError
+        """
+
+        def fetch(endpoint: "_Endpoint") -> bytes:
+            with self._referrers_answer(endpoint, subject, artifact_type) as response:
+                what = f"the list of what refers to {subject}"
+                return self._document(response, self._limits.manifest_bytes, what)
+
+        try:
+            return self._patiently(fetch)
+        except ImageNotFound:
+            return None
+
+    def _referrers_answer(
+        self, endpoint: "_Endpoint", subject: Digest, artifact_type: str
+    ) -> requests.Response:
+        query = {"artifactType": artifact_type}
+        response = endpoint.get(f"referrers/{subject}", {"Accept": OCI_INDEX}, query)
+        if response.status_code == 404:
+            drain(response)
+            return self._manifest_answer(endpoint, referrers_tag(subject))
+        if response.status_code != 200:
+            raise explain(response, f"no list of what refers to {subject}")
+        return response
 
     def _document(self, response: requests.Response, limit: int, what: str) -> bytes:
         data = self._transport.read(response, limit, what)
@@ -213,6 +251,11 @@ class Registry:
         self._transport.close()
 
 
+def referrers_tag(subject: Digest) -> str:
+    """The tag of the list of what refers to a manifest, where the registry keeps none."""
+    return subject.replace(":", "-")
+
+
 class _Endpoint:
     """One host that may have the image: the registry, or a mirror of it."""
 
@@ -228,7 +271,7 @@ class _Endpoint:
         self._repository = reference.repository
         self._address = _DOCKER_HUB if host == DEFAULT_REGISTRY else host
         # Mirrors of several registries tell them apart by this, as containerd's do.
-        self._query = f"?ns={reference.registry}" if host != reference.registry else ""
+        self._query = {"ns": reference.registry} if host != reference.registry else {}
         self._scheme: str | None = None
         self._authorizer = Authorizer(
             transport,
@@ -236,14 +279,17 @@ class _Endpoint:
             lambda: find_credentials(host, docker_config),
         )
 
-    def get(self, path: str, headers: dict[str, str]) -> requests.Response:
+    def get(
+        self, path: str, headers: dict[str, str], query: Mapping[str, str] = _NO_QUERY
+    ) -> requests.Response:
         """GET of ``/v2/<repository>/<path>``, with credentials if they are wanted.
 
         Raises:
             RegistryUnauthorized: they are wanted and missing or wrong.
             RegistryError: there is no answer.
         """
-        url = f"{self._base()}/v2/{self._repository}/{path}{self._query}"
+        asked = urlencode({**self._query, **query})
+        url = f"{self._base()}/v2/{self._repository}/{path}{'?' if asked else ''}{asked}"
         # The first request may be without a token, the second with one that has expired.
         for _ in range(3):
             used = self._authorizer.header()

@@ -61,12 +61,17 @@ class TarParser:
     Args:
         contents: gets each regular file's bytes.
 
+    Attributes:
+        position: where the bytes that ``contents`` gets next are in the archive.
+
     Every method raises InvalidLayer or LimitExceeded for an archive that breaks the
     format or a limit; after that the parser must not be used.
     """
 
     def __init__(self, contents: Contents) -> None:
         self._contents = contents
+        self.position = 0
+        self._fed = 0
         self._header = Header()
         self._name = b""  # of the latest entry, for messages
         # The body that comes next: what is left of it, and then up to the block's end.
@@ -98,10 +103,13 @@ class TarParser:
             view: the next bytes; all but the last call's must be a multiple of 512 long.
         """
         position, end = 0, len(view)
+        base = self._fed
+        self._fed += end
         while position < end:
             entry = None
             if self._left:
                 step = min(self._left, end - position)
+                self.position = base + position
                 self._take(view[position : position + step])
                 position += step
             elif self._padding:
@@ -149,6 +157,7 @@ class TarParser:
                 continue
             step = min(self._segment_left, len(view))
             self._contents.write(view[:step])
+            self.position += step
             self._segment_left -= step
             view = view[step:]
 
