@@ -65,6 +65,11 @@ class Registry:
             for host in (*mirrors, main)
         ]
 
+    @property
+    def by_digest(self) -> bool:
+        """Whether the image was asked for by its digest."""
+        return self._reference.digest is not None
+
     def resolve(self) -> tuple[Descriptor, bytes]:
         """What tag or digest stand for now."""
         wanted = self._reference.digest or self._reference.tag or ""
