@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from store.cas import Digest
 from store.errors import ImageNotFound
 from store.layers import Layer, Layers
 from store.locate import Contents, Ranges
@@ -24,9 +25,8 @@ class Image:
     """Layers of these archives, bottom first."""
 
     def __init__(self, layers: Layers, archives: Sequence[bytes]) -> None:
-        self.layers: dict[str, Layer] = {}
         stack = [unpack(layers, data) for data in archives]
-        self.layers |= {layer.diff_id: layer for layer in stack}
+        self.layers: dict[Digest, Layer] = {layer.diff_id: layer for layer in stack}
         self.contents = Contents(stack)
 
     def data(self, ranges: Ranges) -> list[bytes]:
