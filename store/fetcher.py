@@ -64,6 +64,9 @@ class _Pending:
     error: StoreError | None = None
 
 
+_Batch = dict[int, _Pending]  # by the numbers of the spans
+
+
 class Fetcher:
     """Fetches for one layer.
 
@@ -200,53 +203,55 @@ class Fetcher:
         """Ask for what is neither here nor on its way, in as few requests as possible; what is
         waited for then."""
         started: list[_Pending] = []
-        first: int | None = None
+        batch: _Batch = {}
         for number in spans:
-            wanted = not self.layer.has(number) and number not in self._pending
-            if wanted:
-                pending = self._pending[number] = _Pending()
-                started.append(pending)
-                if first is None:
-                    first = number
-            elif first is not None:
-                self._nursery.start_soon(self._run, range(first, number), limiter)
-                first = None
-        if first is not None:
-            self._nursery.start_soon(self._run, range(first, spans[-1] + 1), limiter)
+            if not self.layer.has(number) and number not in self._pending:
+                batch[number] = self._pending[number] = _Pending()
+            elif batch:
+                self._nursery.start_soon(self._run, batch, limiter)
+                started += batch.values()
+                batch = {}
+        if batch:
+            self._nursery.start_soon(self._run, batch, limiter)
+            started += batch.values()
         return started
 
-    async def _run(self, spans: range, limiter: trio.CapacityLimiter) -> None:
+    async def _run(self, batch: _Batch, limiter: trio.CapacityLimiter) -> None:
+        """Bring neighbouring spans."""
         error: StoreError | None = None
         # What comes unasked for as well, from a registry that sends whole blobs.
-        promised: list[int] = []
+        promised: _Batch = {}
         try:
             async with limiter:
-                await self._transfer(spans, promised)
+                await self._transfer(range(min(batch), max(batch) + 1), promised)
         except StoreError as failure:
             error = failure
             log.debug("%s: %s", self.layer.diff_id, failure.sentence)
         except OSError as failure:
             error = StoreError(f"a layer can't be fetched: {failure}", errno=failure.errno)
         finally:
-            for number in (*spans, *promised):
-                self._settle(number, error)
+            for number, pending in (batch | promised).items():
+                self._settle(number, pending, error)
 
-    def _promise(self, spans: range) -> list[int]:
+    def _promise(self, spans: range) -> _Batch:
         """Note that spans are on their way; those that were not."""
         fresh = [n for n in spans if n not in self._pending and not self.layer.has(n)]
-        self._pending.update((number, _Pending()) for number in fresh)
-        return fresh
+        batch = {number: _Pending() for number in fresh}
+        self._pending.update(batch)
+        return batch
 
-    def _settle(self, number: int, error: StoreError | None) -> None:
-        pending = self._pending.pop(number, None)
-        if pending is not None:
-            if not self.layer.has(number):
-                pending.error = error or ConnectionLost("a request was given up")
-            pending.arrived.set()
-            if not self._pending and self.layer.whole:
-                self._whole()
+    def _settle(self, number: int, pending: _Pending, error: StoreError | None) -> None:
+        """A span has come, or will not; unless that was known, and it may be on its way again."""
+        if self._pending.get(number) is not pending:
+            return
+        del self._pending[number]
+        if not self.layer.has(number):
+            pending.error = error or ConnectionLost("a request was given up")
+        pending.arrived.set()
+        if not self._pending and self.layer.whole:
+            self._whole()
 
-    async def _transfer(self, spans: range, promised: list[int]) -> None:
+    async def _transfer(self, spans: range, promised: _Batch) -> None:
         gone = threading.Event()
         streams: list[BlobStream] = []
 
@@ -256,7 +261,7 @@ class Fetcher:
                 stream.abort()
 
         def promise(more: range) -> None:
-            promised.extend(trio.from_thread.run_sync(self._promise, more))
+            promised.update(trio.from_thread.run_sync(self._promise, more))
 
         def work() -> None:
             for wanted in self._without_borrowed(spans):
@@ -274,7 +279,8 @@ class Fetcher:
 
     def _without_borrowed(self, spans: range) -> Iterator[range]:
         """What is left to ask a registry for after what other layers have."""
-        if not self._lender.can_lend(self.layer):
+        # What was borrowed may have been what was wrong.
+        if self.doubted or not self._lender.can_lend(self.layer):
             yield spans
             return
         first: int | None = None
@@ -295,8 +301,9 @@ class Fetcher:
 
     def _wake(self, numbers: list[int]) -> None:
         for number in numbers:
-            if self.layer.has(number):  # it may have been forgotten since
-                self._settle(number, None)
+            pending = self._pending.get(number)
+            if pending is not None and self.layer.has(number):  # it may have been forgotten since
+                self._settle(number, pending, None)
 
 
 class _Intake:
