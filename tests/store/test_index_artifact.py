@@ -23,11 +23,13 @@ from store.index_artifact import (
     artifact_of,
     fetch_index,
     find_indexes,
+    push_indexes,
     referrers_with,
 )
 from store.index_document import document_max, encode_index
 from store.layer_index import LayerIndex
 from store.manifest import OCI_INDEX, OCI_MANIFEST, Descriptor
+from store.push import Pusher
 from store.reference import parse_reference
 from store.registry import Registry as Client
 from store.registry import referrers_tag
@@ -119,6 +121,21 @@ def test_an_index_is_found_under_the_tag(pushed: Pushed, client: Client, proxy: 
     assert (index.format, index.entries) == ("gzip+index", pushed.index.entries)
     (asked, _) = proxy.paths("/referrers/")
     assert f"artifactType={ARTIFACT_TYPE}".replace("/", "%2F") in asked.path
+
+
+def test_pushing(pushed: Pushed, client: Client, config: StoreConfig) -> None:
+    reference = parse_reference(f"{pushed.registry.host}/{pushed.name}:v1")
+    pusher = Pusher(reference, config)
+    for document in (b"old", pushed.document, pushed.document):
+        artifact = push_indexes(pusher, client, pushed.image, {LAYER.content: document})
+    pusher.close()
+    (found,) = find_indexes(client, pushed.image).values()
+    assert fetch(client, found).entries == pushed.index.entries
+    referrers = client.fetch_referrers(pushed.image.content, ARTIFACT_TYPE)
+    listed = json.loads(referrers or b"")["manifests"]
+    assert len(listed) == 2
+    assert listed[1]["digest"] == artifact.digest
+    assert client.resolve()[0].digest == pushed.image.digest
 
 
 def test_an_index_is_found_by_the_api(pushed: Pushed, client: Client, proxy: Proxy) -> None:
