@@ -6,8 +6,10 @@ in memory, so that costs as much of the disk as the archive has bytes.
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
 import msgspec
@@ -45,19 +47,19 @@ class Spool:
         size: of the archive, in bytes.
     """
 
-    def __init__(self, fd: int, members: list[Member], size: int) -> None:
-        self._fd = fd
+    def __init__(self, file: FileIO, members: list[Member], size: int) -> None:
+        self._file = file
         self.members = members
         self.size = size
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the archive. For several threads."""
         with storage("reading a temporary file"):
-            return os.pread(self._fd, length, offset)
+            return os.pread(self._file.fileno(), length, offset)
 
     def close(self) -> None:
         """Forget the archive."""
-        os.close(self._fd)
+        self._file.close()
 
 
 def spool(
@@ -80,22 +82,22 @@ def spool(
         Exception: whatever ``chunks`` raises.
     """
     with storage(f"making a temporary file in {directory}"):
-        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
     try:
-        members, size = _fill(fd, chunks, media_type, diff_id, limits)
+        members, size = _fill(file, chunks, media_type, diff_id, limits)
     except BaseException:
-        os.close(fd)
+        file.close()
         raise
-    return Spool(fd, members, size)
+    return Spool(file, members, size)
 
 
 def _fill(
-    fd: int, chunks: Iterator[bytes], media_type: str, diff_id: Digest, limits: LayerLimits
+    file: FileIO, chunks: Iterator[bytes], media_type: str, diff_id: Digest, limits: LayerLimits
 ) -> tuple[list[Member], int]:
     source = ChunkReader(chunks)
     reader = inflated(source, media_type)
     digest = hashlib.sha256()
-    index = _Index(fd, limits)
+    index = _Index(file, limits)
     total = 0
     with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as parsing:
         ring = Ring()
@@ -130,8 +132,8 @@ class _Nowhere:
 class _Index:
     """Writes the archive and notes its entries."""
 
-    def __init__(self, fd: int, limits: LayerLimits) -> None:
-        self._fd = fd
+    def __init__(self, file: FileIO, limits: LayerLimits) -> None:
+        self._file = file
         self._limits = limits
         self._parser = TarParser(_Nowhere())
         self.members: list[Member] = []
@@ -147,7 +149,7 @@ class _Index:
             self._check(entry)
         with storage("writing a temporary file"):
             while view:
-                view = view[os.write(self._fd, view) :]
+                view = view[self._file.write(view) :]
 
     def _check(self, entry: Entry) -> None:
         self._metadata += len(entry.path) + len(entry.link) + attributes_size(entry)
