@@ -114,7 +114,7 @@ def test_a_file_from_disk(registry: Registry, pusher: Open) -> None:
         file.flush()
 
         def open_file() -> BinaryIO:
-            opened.append(Path(file.name).open("rb"))  # noqa: SIM115: put_blob closes it
+            opened.append(Path(file.name).open("rb"))  # noqa: SIM115
             return opened[-1]
 
         assert not client.has_blob(digest_of(data), len(data))
