@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,20 +11,19 @@ import msgspec
 from store.arrange import Order
 from store.cas import Digest, digest_of
 from store.config import StoreConfig
-from store.errors import DigestMismatch, NotLazy, RegistryError, SizeMismatch, storage
+from store.errors import DigestMismatch, NotLazy, storage
 from store.estargz import DIGEST_ANNOTATION
 from store.estargz_writer import SIZE_ANNOTATION, EStargz
 from store.lazy_format import Format, FormatWriter
 from store.lazy_writer import WrittenLayer, write_layer
 from store.manifest import OCI_CONFIG, OCI_MANIFEST, Descriptor
 from store.platform import Platform
+from store.receive import received
 from store.resolve import Found, find
 from store.source import Source
 from store.spool import spool
 from store.tar_names import clean_path
 from store.target import Target
-from store.transfer import PROGRESS
-from store.transport import pause_before
 from store.zstd_chunked_writer import ZstdChunked
 
 log = logging.getLogger(__name__)
@@ -165,42 +163,7 @@ class _Conversion:
         self._target.put_blob(blob, final)
 
     def _pieces(self, blob: Descriptor) -> Iterator[bytes]:
-        """The bytes of a blob. A connection that breaks is made anew."""
-        offset = failures = 0
-        while offset < blob.size:
-            before = offset
-            try:
-                for piece in self._stream(blob, offset):
-                    offset += len(piece)
-                    if offset > blob.size:
-                        break
-                    self._watcher.advance(len(piece))
-                    yield piece
-                break
-            except RegistryError as error:
-                failures = 1 if offset - before >= PROGRESS else failures + 1
-                pause = pause_before(failures, error, self._config.patience)
-                if pause is None:
-                    raise
-                log.info("%s; trying again in %.1f s", error.sentence, pause)
-                time.sleep(pause)
-        if offset != blob.size:
-            raise SizeMismatch(
-                f"{offset} bytes or more were received for the layer {blob.digest}, the manifest "
-                f"names {blob.size}; try again, or push the image again"
-            )
-
-    def _stream(self, blob: Descriptor, offset: int) -> Iterator[bytes]:
-        stream = self._source.open_blob(blob, offset)
-        try:
-            # A source that can't begin in the middle sends again what is here already.
-            known = offset - stream.offset
-            while piece := stream.read():
-                if len(piece) > known:
-                    yield piece[known:]
-                known = max(0, known - len(piece))
-        finally:
-            stream.close()
+        return received(self._source, blob, self._config.patience, self._watcher.advance)
 
     def documents(self, found: Found, layers: Sequence[WrittenLayer]) -> Descriptor:
         """Write configuration and manifest, with all in them that is not about layers."""

@@ -90,6 +90,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(convert)
 
+    index = commands.add_parser(
+        "index",
+        help="make an image's ordinary layers usable before all of them is here",
+        description="IMAGE is docker://REF, or the name of an image in a mounted tree, which is"
+        " indexed where it came from. The indexes are pushed beside the image, and found by whoever"
+        " pulls it; the digest of their manifest is printed.",
+    )
+    index.set_defaults(command=_index)
+    index.add_argument("image", metavar="IMAGE")
+    index.add_argument(
+        "--platform", metavar="OS/ARCH", help="which image of several (this machine's)"
+    )
+    index.add_argument(
+        "--mount", type=Path, metavar="DIR", help="the mounted tree, if there are several"
+    )
+    _add_config(index)
+
     doctor = commands.add_parser("doctor", help="what this machine has and lacks")
     doctor.set_defaults(command=_doctor)
     _add_config(doctor)
@@ -156,6 +173,14 @@ def _convert(arguments: argparse.Namespace) -> int:
         config=arguments.config,
     )
     print(run(request))
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    # Imported here because the other commands need none of it.
+    from tools.index import run
+
+    print(run(arguments.image, arguments.platform, arguments.mount, arguments.config))
     return 0
 
 
