@@ -48,6 +48,7 @@ from runtime.settings import (
 )
 from runtime.signals import parse_signal, signal_name
 from runtime.steps import Ending, Services, Steps
+from store.cas import Digest
 from store.errors import CtrfsError
 
 log = logging.getLogger(__name__)
@@ -706,6 +707,12 @@ class Container:
             return bool(name) and self._services.store.images.get(name or "").digest == digest
         except CtrfsError:
             return False
+
+    @property
+    def diff_ids(self) -> tuple[Digest, ...] | None:
+        """The layers that its files lie on, bottom first; None as long as no image was chosen."""
+        image = self._record.image
+        return image.diff_ids if image else None
 
     async def unmount(self) -> None:
         """Unmount the root filesystem if it does not run and nobody uses it."""

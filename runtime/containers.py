@@ -5,7 +5,7 @@ import re
 import resource
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from runtime.oci import OciRuntime
 from runtime.records import Record, Records
 from runtime.rootfs import Rootfs
 from runtime.steps import Services, prepare_directories, put_aside_orphans
+from store.cas import Digest
 from store.errors import CtrfsError
 from store.images import Image
 from store.store import Store
@@ -89,6 +90,7 @@ class Containers:
             await trio.to_thread.run_sync(put_aside_orphans, self._services, known)
             nursery.start_soon(self._unmount_idle)
             self._services.store.images.in_use = self.in_use
+            self._services.store.images.pinned = self.pinned
             try:
                 yield
             finally:
@@ -128,6 +130,12 @@ class Containers:
             if container.uses(image.digest):
                 return f"the container {name}"
         return None
+
+    def pinned(self) -> Iterator[tuple[Digest, ...]]:
+        """The stacks of layers that containers' files lie on, each bottom first."""
+        for container in list(self._containers.values()):
+            if container.diff_ids is not None:
+                yield container.diff_ids
 
     async def create(self, name: str) -> Container:
         """Make a container.

@@ -9,9 +9,10 @@ from functools import partial
 import msgspec
 import trio
 
-from store.cas import Digest
+from store.cas import Digest, digest_of
 from store.errors import InvalidReference, StoreError
 from store.images import Image
+from store.leftovers import Leftovers
 from store.manifest import Descriptor
 from store.oci_layout import Layout
 from store.platform import Platform
@@ -52,7 +53,8 @@ class Pulls:
     """All pulls of a store. To be used from one trio run.
 
     Work runs in the tasks of those who want it: a pull whose last caller is cancelled
-    stops, and nothing of it outlives its callers but content for the next attempt.
+    stops, and nothing of it outlives its callers but content for the next attempt. One that
+    is refused leaves nothing.
     """
 
     def __init__(self, store: Store) -> None:
@@ -60,6 +62,7 @@ class Pulls:
         self._jobs: dict[tuple[str, Platform, str | None], _Job] = {}
         self._running: list[PullProgress] = []
         self._locks: dict[str, trio.Lock] = {}
+        self._leftovers = Leftovers(store)
         self._slots = trio.Semaphore(store.config.parallel_layers)
         self._layers: weakref.WeakValueDictionary[Digest, LayerProgress] = (
             weakref.WeakValueDictionary()
@@ -158,16 +161,17 @@ class Pulls:
         wanted = tuple(dict.fromkeys(zip(image.layers, image.diff_ids, strict=True)))
         states = [self._layer_progress(layer) for layer, _ in wanted]
         progress.layers = tuple(dict.fromkeys(states))
-        for document in found.documents:
-            await to_end(partial(self._store.cas.put, document))
-        progress.image = image
-        progress.state = "pulling"
-        await self._all_layers(source, image.name, wanted, states)
-        # Layers that don't fit together are found out now, and what it takes to mount them
-        # is made now, not when the first container starts.
-        await trio.to_thread.run_sync(self._store.rootfs_layers, image)
-        image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
-        await to_end(lambda: self._store.images.put(image))
+        async with self._leftovers.gone_if_refused(image, map(digest_of, found.documents)):
+            for document in found.documents:
+                await to_end(partial(self._store.cas.put, document))
+            progress.image = image
+            progress.state = "pulling"
+            await self._all_layers(source, image.name, wanted, states)
+            # Layers that don't fit together are found out now, and what it takes to mount them
+            # is made now, not when the first container starts.
+            await trio.to_thread.run_sync(self._store.rootfs_layers, image)
+            image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
+            await to_end(lambda: self._store.images.put(image))
         return image
 
     async def _all_layers(

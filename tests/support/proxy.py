@@ -1,5 +1,6 @@
 """A small HTTP proxy that stands before a real registry and misbehaves on demand."""
 
+import contextlib
 import http.client
 import re
 import socket
@@ -60,23 +61,24 @@ class Exchange:
             change: applied to each piece of the body; must keep its length.
             without: request headers that the registry doesn't get.
         """
-        connection = http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=30)
         dropped = {"host", "connection", *without}
         sent = {k: v for k, v in self._handler.headers.items() if k.lower() not in dropped}
-        connection.request("GET", self._handler.path, headers=sent)
-        answer = connection.getresponse()
-        self._handler.send_response(answer.status)
-        for key, value in answer.getheaders():
-            self._handler.send_header(key, value)
-        self._end_headers()
-        left = limit
-        while left is None or left > 0:
-            piece = answer.read(CHUNK if left is None else min(CHUNK, left))
-            if not piece:
-                break
-            self.write(change(piece))
-            left = None if left is None else left - len(piece)
-        connection.close()
+        registry = http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=30)
+        # Whoever asked may hang up in the middle.
+        with contextlib.closing(registry) as connection:
+            connection.request("GET", self._handler.path, headers=sent)
+            answer = connection.getresponse()
+            self._handler.send_response(answer.status)
+            for key, value in answer.getheaders():
+                self._handler.send_header(key, value)
+            self._end_headers()
+            left = limit
+            while left is None or left > 0:
+                piece = answer.read(CHUNK if left is None else min(CHUNK, left))
+                if not piece:
+                    break
+                self.write(change(piece))
+                left = None if left is None else left - len(piece)
 
     def cut(self) -> None:
         """End the connection as a crash would."""
