@@ -17,6 +17,7 @@ from store.errors import (
     DigestMismatch,
     ImageNotFound,
     InvalidReference,
+    NotLazy,
     PullCancelled,
     RegistryError,
     RegistryUnauthorized,
@@ -131,11 +132,13 @@ class Registry:
             check_limit(limit + 1, limit, what)
         return data or b""
 
-    def open_blob(self, descriptor: Descriptor, offset: int) -> "HttpBlob":
-        """A blob, as the registry or whoever it redirects to sends it."""
+    def open_blob(
+        self, descriptor: Descriptor, offset: int, length: int | None = None
+    ) -> "HttpBlob":
+        """A blob or a part of it, as the registry or whoever it redirects to sends it."""
 
         def begin(endpoint: "_Endpoint") -> HttpBlob:
-            response = self._blob_answer(endpoint, descriptor, offset)
+            response = self._blob_answer(endpoint, descriptor, offset, length)
             try:
                 return HttpBlob(response, _begin(response, descriptor, offset))
             except BaseException:
@@ -145,10 +148,37 @@ class Registry:
         # Without patience: whoever wants a blob counts the attempts to get all of it.
         return self._anywhere(begin)
 
+    def fetch_range(self, descriptor: Descriptor, offset: int, length: int) -> bytes:
+        """A part of a blob, not verified.
+
+        Raises:
+            NotLazy: the registry only sends whole blobs.
+            BlobNotFound, SizeMismatch, RegistryError: see ``Source.open_blob``.
+        """
+
+        def fetch() -> bytes:
+            stream = self.open_blob(descriptor, offset, length)
+            try:
+                if stream.offset != offset:
+                    raise NotLazy("the registry sends whole blobs only, no parts of them")
+                data = bytearray()
+                while len(data) < length and (piece := stream.read()):
+                    data += piece
+            finally:
+                stream.close()
+            if len(data) < length:
+                raise ConnectionLost("the registry sent less than it was asked for; try again")
+            return bytes(data[:length])
+
+        return self._transport.patiently(fetch)
+
     def _blob_answer(
-        self, endpoint: "_Endpoint", descriptor: Descriptor, offset: int
+        self, endpoint: "_Endpoint", descriptor: Descriptor, offset: int, length: int | None = None
     ) -> requests.Response:
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        headers = {}
+        if offset or length is not None:
+            last = "" if length is None else offset + length - 1
+            headers["Range"] = f"bytes={offset}-{last}"
         response = endpoint.get(f"blobs/{descriptor.digest}", headers)
         if response.status_code == 416:
             # A server that won't continue may still begin again.

@@ -18,6 +18,7 @@ import pytest
 
 from tests.support import tars
 from tests.support.layouts import GZIP, MANIFEST, OciLayout, compress, sha256, tar_of
+from tests.support.lazy import estargz
 from tests.support.mount import Mount
 from tests.support.mounting import mounted
 from tests.support.proxy import Endless, Proxy, cut_after, stall, stall_after
@@ -191,6 +192,26 @@ def test_hostile_archives(mount: Mount, layout: OciLayout, archive: bytes, sente
     code, said = refused(mount, f"oci:{layout.path}:bad as=localhost/bad")
     assert code == errno.EIO
     assert sentence in said, said
+
+
+def test_a_hostile_archive_above_a_lazy_layer(
+    mount: Mount, registry: Registry, layout: OciLayout
+) -> None:
+    blob = estargz(tars.archive(tars.directory(b"etc"), tars.entry(b"etc/noise", data=bytes(9000))))
+    lazy = {**layout.blob(blob.data, GZIP), "annotations": blob.layer.annotations}
+    dangling = tars.archive(link(b"dangling", b"nowhere"))
+    bad = layout.manifest(
+        [lazy, layout.blob(compress(dangling, GZIP), GZIP)], [blob.diff_id, sha256(dangling)]
+    )
+    reference = registry.push(layout, bad, "bad/lazy", "1")
+    code, said = refused(mount, reference)
+    assert (code, "nowhere" in said) == (errno.EIO, True)
+    code, said = refused(mount, f"{reference} mode=full")
+    assert (code, "nowhere" in said) == (errno.EIO, True)
+    good = registry.push(layout, layout.manifest([lazy], [blob.diff_id]), "good/lazy", "1")
+    mount.pull(f"{good} as=localhost/good:1")
+    assert mount.read("images/localhost/good:1/layers/0/format") == "estargz"
+    assert mount.read("images/localhost/good:1/rootfs/etc/noise") == "\0" * 9000
 
 
 def test_odd_archives_stay_inside(mount: Mount, layout: OciLayout) -> None:

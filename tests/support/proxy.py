@@ -214,6 +214,10 @@ class Proxy:
         """Treat the next requests so whose path matches; rules made earlier come first."""
         self._rules.append(_Rule(re.compile(pattern), fault, times))
 
+    def heal(self) -> None:
+        """Treat all further requests well."""
+        self._rules.clear()
+
     def paths(self, pattern: str) -> list[Seen]:
         """The requests whose path matches."""
         return [request for request in self.seen if re.search(pattern, request.path)]
