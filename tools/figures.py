@@ -195,6 +195,8 @@ def disk(comparison: Comparison, case: Case) -> None:
 
 def server_memory(comparison: Comparison, case: Case) -> None:
     """Resident memory of the layer server with many containers that read from it."""
+    if comparison.mode == "full":
+        return  # then nothing is served
     resident: list[float] = []
     peak: list[float] = []
     with comparison.link(case) as link:
@@ -205,6 +207,8 @@ def server_memory(comparison: Comparison, case: Case) -> None:
                 drop_caches()
                 _start_many(ctrfs, images)
                 servers = ctrfs.layer_servers()
+                if not servers:
+                    raise RuntimeError("no layer server runs")
                 resident.append(sum(memory(pid, "VmRSS") for pid in servers) / MB)
                 peak.append(sum(memory(pid, "VmHWM") for pid in servers) / MB)
     what = f"layer server, {CONTAINERS} containers, {len(SEVERAL)} images"

@@ -27,6 +27,11 @@ _AT_FDCWD = -100
 _EVENT = struct.Struct("=IBBHQii")
 
 _FOOTER_BYTES = 51
+# As in a container: no language and no time zone, which lead to more files.
+_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+}
 _TOC_NAME = "stargz.index.json"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,7 +52,12 @@ def opened_files(tree: Path, *command: str) -> set[str]:
         try:
             group = _watch(place)
             try:
-                subprocess.run(["chroot", place, *command], check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(
+                    ["chroot", place, *command],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                    env=_ENVIRONMENT,
+                )
                 return {os.path.relpath(path, place) for path in _paths(group)}
             finally:
                 os.close(group)

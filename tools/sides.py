@@ -156,10 +156,16 @@ class Ctrfs:
         return found
 
     def write(self, path: str, text: str) -> None:
-        """As echo does."""
+        """As echo does.
+
+        Raises:
+            RuntimeError: it was refused; the message is the last line of `errors`.
+        """
         descriptor = os.open(self.mount / path, os.O_WRONLY | os.O_TRUNC)
         try:
             os.write(descriptor, text.encode() + b"\n")
+        except OSError as error:
+            raise RuntimeError((self.mount / "errors").read_text().splitlines()[-1]) from error
         finally:
             os.close(descriptor)
 
