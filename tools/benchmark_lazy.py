@@ -15,25 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tools.comparison import LINKS, Case, Comparison
+from tools.comparison import CASES, LINKS, Case, Comparison
 from tools.figures import FIGURES
 from tools.results import read
 from tools.shelf import FORMATS, SIZES, Shelf
-
-# Quick ones first.
-CASES = (
-    Case("first-line", "85"),
-    Case("numpy", "85"),
-    Case("read-all", "85"),
-    Case("again", "85"),
-    Case("bytes", "85"),
-    Case("disk", "85"),
-    Case("convert", "85"),
-    Case("ls", "800"),
-    Case("memory", ""),
-    Case("first-line", "800", "slow"),
-    Case("numpy", "800", "slow"),
-)
 
 
 def _arguments() -> argparse.Namespace:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmark_lazy import CASES, cases
-from tools.comparison import Case
+from tools.benchmark_lazy import cases
+from tools.comparison import CASES, Case
 from tools.results import Result, Results, read
 
 
