@@ -5,7 +5,7 @@ use mounts it, and it is unmounted when nobody has used it for a while.
 """
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -80,10 +80,17 @@ class Automounts:
 
         Those who have files of it open keep them as they are.
         """
+        await self._detach(path, lambda mounted: not mounted.is_current())
+
+    async def detach_below(self, path: str) -> None:
+        """Detach everything: what is mounted does not work any more."""
+        await self._detach(path, lambda mounted: True)
+
+    async def _detach(self, path: str, unwanted: Callable[[_Mounted], bool]) -> None:
         for key, target in self._below(path):
             async with self._lock(key):
                 mounted = self._mounted.get(key)
-                if mounted is not None and not mounted.is_current():
+                if mounted is not None and unwanted(mounted):
                     flags = linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW
                     with suppress(OSError):  # somebody has unmounted it by hand
                         await trio.to_thread.run_sync(linux.umount, target, flags)

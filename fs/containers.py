@@ -382,6 +382,19 @@ class Changes(_ContainerFile, SlowTextFile):
         return await self.container.changes()
 
 
+class Opened(_ContainerFile, SlowTextFile):
+    """Files of the root filesystem that the container opened in the first seconds of its last run,
+    a path a line, in the order of their first use. It is complete after these seconds, or when
+    the container has ended; `ctrfs convert --trace` makes images of which they come first."""
+
+    name = "opened"
+    private = True
+
+    async def slow_content(self) -> bytes:
+        """Absolute paths as the container sees them."""
+        return await self.container.opened()
+
+
 class ContainerRootfs(Link):
     """The container's live root filesystem. It is there before the first start too, so files
     can be put into it; as long as no image is set, there is none."""
@@ -441,6 +454,7 @@ class ContainerDirectory(Directory):
         Stdin,
         Processes,
         Changes,
+        Opened,
         ContainerRootfs,
         Net,
     )

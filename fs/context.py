@@ -8,6 +8,7 @@ from fs.config import Config
 from fs.failures import Failures
 from fs.nodes import Directory
 from runtime.containers import Containers
+from runtime.layerserver.client import LayerClient
 from runtime.rootfs import Rootfs
 from store.pull import Pulls
 from store.store import Store
@@ -21,6 +22,7 @@ class Context:
     pulls: Pulls
     containers: Containers
     rootfs: Rootfs
+    layers: LayerClient
     failures: Failures
     automounts: Automounts
     config: Config

@@ -5,7 +5,9 @@
 
 from fs.containers import ContainerDirectory, Net
 from fs.content import Content, Sha256
-from fs.images import ImageDirectory, Images, LayerDirectory, Layers
+from fs.image import ImageDirectory
+from fs.images import Images
+from fs.layers import LayerDirectory, Layers
 from fs.nodes import Directory, describe
 from fs.root import Root
 

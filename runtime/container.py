@@ -35,6 +35,7 @@ from runtime.errors import (
 )
 from runtime.log import LogReader
 from runtime.monitor import Attachment
+from runtime.opened import Recording
 from runtime.records import Pinned, Record, Run, State
 from runtime.settings import (
     Effective,
@@ -48,6 +49,7 @@ from runtime.settings import (
 )
 from runtime.signals import parse_signal, signal_name
 from runtime.steps import Ending, Services, Steps
+from store.cas import Digest
 from store.errors import CtrfsError
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class Container:
         self._untidy = False
         self._attachment: Attachment | None = None
         self._stdin_ended = False
+        self._recording: Recording | None = None
         self.log: LogReader = self._steps.log
 
     # --- what is known without waiting -----------------------------------------------
@@ -356,9 +359,15 @@ class Container:
         if self._ended.is_set():  # else somebody waits already, for this very run
             self._ended = trio.Event()
         self._background.start_soon(self._watch, run)
+        if self._recording is not None:
+            self._background.start_soon(self._record_opened, self._recording, pinned)
+            self._recording = None
         self._emit("start", pid=run.init.pid)
 
     async def _undo(self) -> None:
+        if self._recording is not None:
+            self._recording.close()
+            self._recording = None
         try:
             await _slowly(self._steps.undo, self._record)
         except (CtrfsError, OSError) as error:
@@ -375,10 +384,21 @@ class Container:
             creation.close()
         if creation.conmon is None:
             raise StartFailed("the container's monitor (conmon) ended at once")
+        self._recording = await _slowly(self._steps.record_opened)
         # It may have ended before the next line is reached.
         started = time.time_ns()
         await self._services.runtime.start(self.uid)
         return Run(creation.conmon, init), started
+
+    async def _record_opened(self, recording: Recording, pinned: Pinned) -> None:
+        """Remember what it opens first, for its users and for the next of its image."""
+        with trio.move_on_after(self._services.store.config.lazy.record_seconds):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(recording.run)
+                await self._ended.wait()
+                nursery.cancel_scope.cancel()
+        paths = recording.close()
+        await trio.to_thread.run_sync(self._steps.keep_opened, pinned, paths)
 
     def _pin(self) -> Pinned:
         """The image that the name in the settings means now."""
@@ -679,6 +699,10 @@ class Container:
         except OSError as error:
             raise RuntimeFailure(f"cannot compare: {error.strerror}", errno=error.errno) from error
 
+    async def opened(self) -> bytes:
+        """What it opened in the first seconds of its last run, a path a line."""
+        return await trio.to_thread.run_sync(self._steps.opened)
+
     async def rootfs(self) -> Path:
         """Its root filesystem, mounted; before the first start, too.
 
@@ -696,6 +720,10 @@ class Container:
                 pinned = self._pin()
                 await self._commit(image=pinned)
             return await _slowly(self._steps.mount, pinned)
+
+    def has_layer(self, diff_id: Digest) -> bool:
+        """Whether its root filesystem has a layer."""
+        return self._record.image is not None and diff_id in self._record.image.diff_ids
 
     def uses(self, digest: str) -> bool:
         """Whether it needs the image with this manifest digest."""
@@ -720,6 +748,12 @@ class Container:
         async with self._lock:
             if not self.is_running:
                 await _slowly(self._steps.unmount_idle)
+
+    async def detach_if_idle(self) -> None:
+        """Detach the root filesystem of a container that does not run, also from who looks."""
+        async with self._lock:
+            if not self.is_running:
+                await _slowly(self._steps.detach)
 
     # --- for Containers --------------------------------------------------------------
 

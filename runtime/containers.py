@@ -5,8 +5,8 @@ import re
 import resource
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -14,11 +14,12 @@ import trio
 from runtime.background import Background
 from runtime.config import RuntimeConfig
 from runtime.container import Container
-from runtime.errors import ContainerExists, ContainerNotFound, InvalidName
+from runtime.errors import ContainerBusy, ContainerExists, ContainerNotFound, InvalidName
 from runtime.oci import OciRuntime
 from runtime.records import Record, Records
 from runtime.rootfs import Rootfs
 from runtime.steps import Services, prepare_directories, put_aside_orphans
+from store.cas import Digest
 from store.errors import CtrfsError
 from store.images import Image
 from store.store import Store
@@ -45,13 +46,20 @@ class Containers:
         config: settings.
         root: the daemon's directory for what lasts.
         run: its directory for what a reboot may delete.
+        held: gives descriptors that the monitors of containers with incomplete layers hold.
 
     Nothing works before ``opened`` has been entered. What is read is in memory and never
     waits; methods that change something are coroutines of trio.
     """
 
     def __init__(
-        self, store: Store, rootfs: Rootfs, config: RuntimeConfig, root: Path, run: Path
+        self,
+        store: Store,
+        rootfs: Rootfs,
+        config: RuntimeConfig,
+        root: Path,
+        run: Path,
+        held: Callable[[], tuple[int, ...]] = lambda: (),
     ) -> None:
         self._services = Services(
             store=store,
@@ -61,6 +69,7 @@ class Containers:
             records=Records(store.db),
             root=root / "containers",
             run=run / "containers",
+            held=held,
         )
         self._containers: dict[str, Container] = {}
         self._promised: set[str] = set()
@@ -102,6 +111,20 @@ class Containers:
             await trio.sleep(_IDLE_SECONDS)
             for container in list(self._containers.values()):
                 await container.unmount_if_idle()
+
+    async def condemn(self, diff_id: Digest, sentence: str) -> None:
+        """Kill the running containers that have a layer: what they read of it may be wrong."""
+        for container in list(self._containers.values()):
+            if container.is_running and container.has_layer(diff_id):
+                log.error("%s: killed: %s", container.id, sentence)
+                with suppress(ContainerBusy):  # it has just ended
+                    await container.kill()
+
+    async def detach_idle(self) -> None:
+        """Take the root filesystems of containers that do not run away, so that their next use
+        mounts them anew."""
+        for container in list(self._containers.values()):
+            await container.detach_if_idle()
 
     def __contains__(self, name: object) -> bool:
         return name in self._containers

@@ -39,7 +39,7 @@ RESOLVE_IN_ROOT = 0x10
 _SYS_OPENAT2 = 437  # the same number on every architecture
 
 # statx(2)
-_AT_FDCWD = -100
+AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_NO_AUTOMOUNT = 0x800
 _AT_STATX_DONT_SYNC = 0x4000
@@ -47,6 +47,9 @@ _STATX_ATTR_MOUNT_ROOT = 0x2000
 
 # unshare(2)
 _CLONE_FS = 0x200
+
+# pidfd_getfd(2)
+_SYS_PIDFD_GETFD = 438  # the same number on every architecture
 
 # loop(4)
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -106,7 +109,7 @@ def is_mountpoint(path: str) -> bool:
     buffer = ctypes.create_string_buffer(256)
     flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
     try:
-        _check(_libc.statx(_AT_FDCWD, os.fsencode(path), flags, 0, buffer), path)
+        _check(_libc.statx(AT_FDCWD, os.fsencode(path), flags, 0, buffer), path)
     except FileNotFoundError:
         return False
     attributes = struct.unpack_from("=Q", buffer, 8)[0]
@@ -119,6 +122,23 @@ def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
     number = ctypes.c_long(_SYS_OPENAT2)
     arguments = (directory, os.fsencode(path), how, ctypes.c_size_t(len(how)))
     return _check(_libc.syscall(number, *arguments), path)
+
+
+def fanotify_init(flags: int, event_flags: int) -> int:
+    """fanotify_init(2): a descriptor of a new group."""
+    return _check(_libc.fanotify_init(flags, event_flags))
+
+
+def fanotify_mark(group: int, flags: int, mask: int, directory: int, path: str | None) -> None:
+    """fanotify_mark(2); without a path, for what ``directory`` is open on."""
+    name = os.fsencode(path) if path else None
+    _check(_libc.fanotify_mark(group, flags, ctypes.c_uint64(mask), directory, name), path)
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """pidfd_getfd(2): a duplicate, close-on-exec, of a descriptor of another process."""
+    call = ctypes.c_long(_SYS_PIDFD_GETFD)
+    return _check(_libc.syscall(call, pidfd, number, 0))
 
 
 def in_directory(directory: str, function: Callable[[], _T]) -> _T:

@@ -175,11 +175,14 @@ def _parse_report(line: bytes) -> tuple[int, str]:
         return -1, line.decode("utf-8", "replace")
 
 
-def create(conmon: str, runtime: OciRuntime, place: Place, stdin: Stdin) -> Creation:
+def create(
+    conmon: str, runtime: OciRuntime, place: Place, stdin: Stdin, held: tuple[int, ...] = ()
+) -> Creation:
     """Start a conmon that creates the container of ``place`` from its bundle. Blocks shortly.
 
     Args:
         conmon: the program.
+        held: descriptors that it is to hold as long as it runs.
 
     Raises:
         Unsupported: the OCI runtime is not installed.
@@ -194,7 +197,7 @@ def create(conmon: str, runtime: OciRuntime, place: Place, stdin: Stdin) -> Crea
                 stdout=subprocess.DEVNULL,
                 stderr=complaints,
                 env={**ENVIRONMENT, "_OCI_SYNCPIPE": str(inherited)},
-                pass_fds=(inherited,),
+                pass_fds=(inherited, *held),
                 cwd=place.bundle,
                 check=False,
             )

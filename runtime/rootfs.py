@@ -1,6 +1,7 @@
 """Root filesystems: overlayfs over one EROFS mount per layer, which all containers share.
 
     <run>/layers/<key>              a layer's EROFS image, mounted once, read-only
+    <run>/layers/<key>.f            the same while its contents come through the layer server
     <run>/empty                     the lower directory of images that have no layer
     <run>/containers/<uid>/rootfs   a container's overlay
 
@@ -12,18 +13,25 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from runtime import linux
 from runtime.errors import ContainerBusy, MountFailed, Unsupported
+from runtime.layerserver.protocol import Device
+from store.cas import Digest
 from store.layers import LayerImage
 
 log = logging.getLogger(__name__)
 
 Method = Literal["file", "loop"]
+
+# At the end of the names of layers that the layer server serves; 128 names must stay short.
+_SERVED = ".f"
 
 # mount(2) copies one page of options.
 _OPTIONS_MAX = os.sysconf("SC_PAGE_SIZE") - 1
@@ -51,13 +59,20 @@ class Rootfs:
         run: directory for mountpoints, for this program alone.
         method: how to mount EROFS images. None finds out: straight from the file, which
             kernels from 6.12 can, else through loop devices.
+        devices: has an incomplete layer served, and says what to mount for it.
     """
 
-    def __init__(self, run: Path, method: Method | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        method: Method | None = None,
+        devices: Callable[[Digest], Device] | None = None,
+    ) -> None:
         self._layers = run / "layers"
         self._empty = run / "empty"
         self._containers = run / "containers"
         self._method: Method | None = method
+        self._devices = devices
         self._lock = threading.Lock()
         for directory in (run, self._layers, self._empty, self._containers):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -78,12 +93,39 @@ class Rootfs:
             MountFailed: the kernel refuses the image.
             Unsupported: the kernel has no EROFS, or no way to mount it.
         """
-        target = self._layers / image.key
+        image, served = self._with_device(image)
+        target = self._layers / (image.key[: -len(_SERVED)] + _SERVED if served else image.key)
         with self._lock:
             if not linux.is_mountpoint(str(target)):
                 target.mkdir(mode=0o700, exist_ok=True)
                 self._mount_layer(image, str(target))
         return target
+
+    def _with_device(self, image: LayerImage) -> tuple[LayerImage, bool]:
+        """The image with what to mount as its device, and whether the layer server serves that."""
+        if image.incomplete is None:
+            return image, False
+        if self._devices is None:
+            raise MountFailed(f"the layer {image.incomplete} is incomplete, and nobody serves it")
+        device = self._devices(image.incomplete)
+        return msgspec.structs.replace(image, data=Path(device.path)), device.served
+
+    def forget_layers(self, *, only_served: bool) -> bool:
+        """Detach layers so that they are mounted anew: all, or those whose server has died. Who
+        uses them keeps them as they are.
+
+        Returns:
+            Whether there were any.
+        """
+        found = False
+        with self._lock:
+            for mount in linux.mounts():
+                path = Path(mount.target)
+                served = path.name.endswith(_SERVED)
+                if path.parent == self._layers and (served or not only_served):
+                    linux.umount(mount.target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+                    found = True
+        return found
 
     def _mount_layer(self, image: LayerImage, target: str) -> None:
         try:
@@ -219,6 +261,12 @@ class Rootfs:
                 ) from None
             if error.errno not in (errno.EINVAL, errno.ENOENT):
                 raise MountFailed(f"cannot unmount {target}: {error.strerror}") from error
+
+    def detach(self, uid: str) -> None:
+        """Take the root filesystem of a container away, also while somebody looks at it."""
+        with suppress(OSError):  # it is not mounted
+            target = str(self.container_path(uid))
+            linux.umount(target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
 
     def unmount_idle(self, uid: str) -> None:
         """Unmount it if nobody used it since the last call for it."""

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from runtime.errors import ContainerBusy, StartFailed
 from runtime.log import LogReader
 from runtime.monitor import Creation, Place
 from runtime.oci import OciRuntime, find_program
+from runtime.opened import Recording
 from runtime.processes import Process, find_processes
 from runtime.records import Pinned, Record, Records, Run, Starting
 from runtime.rootfs import Rootfs
@@ -28,6 +29,7 @@ from runtime.settings import Effective
 from runtime.trees import remove_tree
 from runtime.users import resolve_user
 from runtime.volumes import Volume
+from store.errors import storage
 from store.store import Store
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ _KILLED_EXIT = 137
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What all containers share. ``root`` and ``run`` are the directories of containers."""
+    """What all containers share. ``root`` and ``run`` are the directories of containers;
+    ``held`` gives the descriptors that keep the readers of incomplete layers waiting."""
 
     store: Store
     rootfs: Rootfs
@@ -55,6 +58,7 @@ class Services:
     records: Records
     root: Path
     run: Path
+    held: Callable[[], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class Steps:
         self.cgroup_path = f"{services.config.cgroup_parent.rstrip('/')}/{uid}"
         self._cgroup = Cgroup(self.cgroup_path)
         self.log = LogReader(self._state / "log")
+        self._opened = self._state / "opened"
         self._removed = services.root / f"{uid}{_REMOVED}"
         self._lost = services.root.parent / "lost+found" / uid
         self.rootfs_path = services.rootfs.container_path(uid)
@@ -111,7 +116,8 @@ class Steps:
         finished = spec.complete(document, root, self.cgroup_path, record.user)
         (self._place.bundle / "config.json").write_bytes(spec.encode(finished))
         conmon = find_program(services.config.conmon)
-        return monitor.create(conmon, services.runtime, self._place, values.stdin)
+        held = () if services.store.complete(pinned.diff_ids) else services.held()
+        return monitor.create(conmon, services.runtime, self._place, values.stdin, held)
 
     def mount(self, pinned: Pinned) -> Path:
         """Mount the root filesystem unless it is there."""
@@ -128,6 +134,33 @@ class Steps:
             if layers:
                 _copy_attributes(self._services.rootfs.layer(layers[-1]), upper)
         return self._services.rootfs.container(self._uid, layers, upper, work)
+
+    def record_opened(self) -> Recording | None:
+        """Begin to record which files it opens; None where the kernel can't tell."""
+        try:
+            return Recording(self.rootfs_path)
+        except OSError as error:
+            log.info("what %s opens is not recorded: %s", self._uid, error)
+            return None
+
+    def keep_opened(self, pinned: Pinned, paths: list[str]) -> None:
+        """Keep a record with the container, and with the image if it is the first.
+
+        Raises:
+            StorageFailed: it could not be written.
+        """
+        text = "".join(f"{path}\n" for path in paths)
+        with storage(f"writing {self._opened}"), suppress(FileNotFoundError):  # removed meanwhile
+            self._opened.write_text(text, errors="surrogateescape")
+        opened = self._services.store.opened
+        if paths and not opened.get(pinned.digest):
+            opened.put(pinned.digest, paths)
+
+    def opened(self) -> bytes:
+        """What was recorded: a path a line."""
+        with suppress(FileNotFoundError):
+            return self._opened.read_bytes()
+        return b""
 
     def undo(self, record: Record) -> None:
         """Take back a start that failed at any point; the record is what it was."""
@@ -348,6 +381,10 @@ class Steps:
         """Unmount the root filesystem unless somebody uses it."""
         with suppress(ContainerBusy):
             self._services.rootfs.unmount(self._uid)
+
+    def detach(self) -> None:
+        """Unmount the root filesystem, also while somebody uses it."""
+        self._services.rootfs.detach(self._uid)
 
     def unmount_idle(self) -> None:
         """Unmount the root filesystem if nobody has used it since the last call."""

@@ -101,9 +101,10 @@ class Cas:
 
     Args:
         root: the store's directory; made with what is missing in it.
+        guest: another process is the store's owner and may be writing now.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, guest: bool = False) -> None:
         self._content = root / "content" / "sha256"
         self._ingest = root / "ingest"
         self._quarantine = root / "quarantine"
@@ -114,7 +115,8 @@ class Cas:
             (root / "content").mkdir(mode=0o700, parents=True, exist_ok=True)
             for directory in (self._content, self._ingest, self._quarantine):
                 directory.mkdir(mode=0o700, exist_ok=True)
-            self._clean()
+            if not guest:
+                self._clean()
             self._damaged = set(_blobs_in(self._quarantine))
 
     def _clean(self) -> None:
@@ -281,6 +283,19 @@ class Cas:
             self._damaged.discard(digest)
         with contextlib.suppress(FileNotFoundError):
             (self._quarantine / path.name).unlink()
+
+    def adopt(self, digest: Digest, fd: int, path: Path) -> None:
+        """Take over a file on the same filesystem whose bytes were found to be the blob's.
+
+        Args:
+            fd: the file, open.
+            path: its name, which goes.
+
+        Raises:
+            StorageFailed: it could not be made durable.
+        """
+        with storage(f"writing the blob {digest}"):
+            self._adopt(digest, fd, path)
 
     def delete(self, digest: Digest) -> None:
         """Remove a blob. Files that have it open keep their bytes.

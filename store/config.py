@@ -1,5 +1,7 @@
 """The store's settings: registries, limits on what comes from outside, patience."""
 
+from typing import Literal
+
 import msgspec
 
 from store.platform import Platform, host_platform
@@ -52,6 +54,33 @@ class Patience(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     retry_after_seconds: float = 60.0
 
 
+Mode = Literal["lazy", "full"]
+MODES: tuple[Mode, ...] = ("lazy", "full")
+
+
+class LazyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How layers are loaded that are used before all of them is here."""
+
+    # What `images/pull` does unless it is told: `lazy` where a layer allows it, or `full`.
+    mode: Mode = "lazy"
+    # How contents that are still missing get to the kernel; `auto` is fanotify where the
+    # kernel has it (6.14) and the store's filesystem takes part, else fuse.
+    method: Literal["auto", "fuse", "fanotify"] = "auto"
+    # How long a read waits for a registry that is away before it fails with EIO. A program
+    # whose read fails mostly ends; one that waits goes on when the network is back.
+    read_seconds: float = 60.0
+    # Requests under way for readers, over all layers. More hide more of the way to the registry;
+    # each has a thread and a connection.
+    requests: int = 8
+    # Whether the rest of a layer comes by itself while no reader waits, and how many bytes a
+    # second that may take (None: as many as there are).
+    fill: bool = True
+    fill_rate: int | None = None
+    # What a container opens in so many seconds after its start is fetched first the next time.
+    # Interpreters have loaded their libraries by then, and caches do not follow data for ever.
+    record_seconds: float = 10.0
+
+
 class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All settings of the store."""
 
@@ -61,6 +90,7 @@ class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     limits: Limits = msgspec.field(default_factory=Limits)
     layers: LayerLimits = msgspec.field(default_factory=LayerLimits)
     patience: Patience = msgspec.field(default_factory=Patience)
+    lazy: LazyConfig = msgspec.field(default_factory=LazyConfig)
     # Layers in transfer at once, over all pulls. Each has a thread that receives and one that
     # unpacks; docker and containerd take three at a time too.
     parallel_layers: int = 3

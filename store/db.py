@@ -21,6 +21,7 @@ MIGRATIONS: Sequence[str] = (
     CREATE TABLE containers (uid TEXT PRIMARY KEY, id TEXT NOT NULL UNIQUE, record BLOB NOT NULL)
         STRICT;
     """,
+    "CREATE TABLE opened (digest TEXT PRIMARY KEY, paths BLOB NOT NULL) STRICT;",
 )
 
 

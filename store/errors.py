@@ -137,6 +137,20 @@ class InvalidLayer(StoreError):
     """A layer archive that is damaged or hostile."""
 
 
+class NotLazy(StoreError):
+    """The layer cannot be loaded lazily, only in full."""
+
+    errno = errno.EOPNOTSUPP
+
+
+class ContentNeeded(StoreError):
+    """Layers must be complete before others can be mounted on them: ``diff_ids``."""
+
+    def __init__(self, sentence: str, diff_ids: tuple[str, ...]) -> None:
+        super().__init__(sentence)
+        self.diff_ids = diff_ids
+
+
 class LimitExceeded(StoreError):
     """Something from outside is larger than a configured limit."""
 

@@ -4,8 +4,10 @@
                          data         file contents, each at a multiple of 4096; absent if none
                          index        the archive's entries (index.py)
                          meta.erofs   the layer as it is when no layer is below it
+                         …            of layers that are or were lazy, see lazy.py
     layers/chains/<key>/meta.erofs    a layer as it is above certain others (see ``mountable``)
                         data          its own contents and what it links to in them; mostly absent
+    layers/pieces.db                  chunks of lazy layers by digest (pieces.py)
     layers/tmp/                       what is being made; emptied at start
 
 A layer appears by one rename, complete and synced or not at all. Syncing later, and
@@ -23,13 +25,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
+from store import lazy
 from store.cas import Digest, sync_directory
 from store.erofs import image_sizes, write_image
-from store.errors import CorruptContent, InvalidLayer, storage
-from store.index import read_index
+from store.errors import ContentNeeded, CorruptContent, InvalidLayer, storage
+from store.index import Entry, IndexWriter, read_index
+from store.lazy import LazyRecord
+from store.spans import SpanWriter
 from store.tree import Tree
 from store.tree_builder import Builder
 from store.unpack import ALIGNMENT, LayerLimits, unpack_blob
@@ -57,6 +63,10 @@ class LayerRecord(msgspec.Struct, frozen=True):
     needs_lower: str
     # In bytes; 0 in records that were written before there was this field.
     index_size: int = 0
+    # What made it lazy, as "estargz"; empty for layers that were pulled in full.
+    lazy: str = ""
+    # Why it was pulled in full though a lazy one was asked for; empty if it was not.
+    not_lazy: str = ""
 
 
 class Layer(msgspec.Struct, frozen=True):
@@ -76,16 +86,44 @@ class Layer(msgspec.Struct, frozen=True):
     def index(self) -> Path:
         return self.directory / "index"
 
+    @property
+    def complete(self) -> bool:
+        """Whether all its contents are here; looks at a file."""
+        return lazy.is_complete(self.directory)
+
 
 class LayerImage(msgspec.Struct, frozen=True):
     """What to mount for a layer: ``meta`` is the EROFS image, ``data`` its ``device=`` (or None).
 
-    Equal keys mean the same image; a key is a good name for a mount directory.
+    Equal keys mean the same image; a key is a good name for a mount directory. ``incomplete``
+    names the layer whose contents are not all in ``data`` yet: they must come from whoever
+    fetches them.
     """
 
     key: str
     meta: Path
     data: Path | None
+    incomplete: Digest | None = None
+
+
+class LazyLayout(Protocol):
+    """What a table of contents or an index says of a layer."""
+
+    @property
+    def format(self) -> str:
+        """What says so, as ``estargz``."""
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """As in ``index.py``."""
+
+    @property
+    def spans(self) -> SpanWriter:
+        """Where the contents come from."""
+
+    @property
+    def data_size(self) -> int:
+        """Of the data file, in bytes."""
 
 
 # Of a layer's files. One of another format is removed and made again; chains of another
@@ -111,7 +149,7 @@ class Layers:
             self._temporary.mkdir(mode=0o700, exist_ok=True)
             self._chains.mkdir(mode=0o700, exist_ok=True)
             for path in directory.iterdir():
-                if path not in (self._chains, self._temporary):
+                if path.is_dir() and path not in (self._chains, self._temporary):
                     self._adopt(path)
 
     def get(self, diff_id: Digest) -> Layer | None:
@@ -152,6 +190,7 @@ class Layers:
         media_type: str,
         diff_id: Digest,
         cancelled: Callable[[], bool],
+        not_lazy: str = "",
     ) -> Layer:
         """Make a layer of a blob's bytes, in one pass.
 
@@ -162,6 +201,7 @@ class Layers:
             media_type: the layer descriptor's.
             diff_id: what the inflated archive must hash to.
             cancelled: asked about every 2 ms of work.
+            not_lazy: why it is not lazy, for the record.
 
         Raises:
             InvalidLayer, LimitExceeded, DigestMismatch, UnsupportedMediaType: the blob is at fault.
@@ -187,21 +227,52 @@ class Layers:
             tree = unpacked.tree
             if not unpacked.data_size:
                 (workspace / "data").unlink()
-            record = LayerRecord(
-                format=_FORMAT,
-                diff_id=diff_id,
-                data_size=unpacked.data_size,
-                inodes=_write_meta(workspace, tree, unpacked.data_size, _hex(diff_id)),
-                depends=tree.depends,
-                root_depends=tree.root_depends,
-                needs_lower=unpacked.needs_lower,
-                index_size=(workspace / "index").stat().st_size,
-            )
-            (workspace / "layer.json").write_bytes(msgspec.json.encode(record))
-            self._publish(workspace, self._directory / _hex(diff_id))
-        layer = self.get(diff_id)
+            record = _describe(workspace, diff_id, tree, unpacked.data_size, unpacked.needs_lower)
+            return self._add(workspace, msgspec.structs.replace(record, not_lazy=not_lazy))
+
+    def add_lazy(
+        self,
+        diff_id: Digest,
+        layout: LazyLayout,
+        record: LazyRecord,
+        known: Sequence[tuple[int, bytes]],
+    ) -> Layer:
+        """Make an incomplete layer, which can be mounted and is filled by whoever serves it.
+
+        Args:
+            layout: what is in it.
+            record: where its blob can be had.
+            known: parts of the blob that were read already, with their offsets.
+
+        Raises:
+            InvalidLayer, LimitExceeded: the layout makes no sense.
+            StoreError: the disk is full or failed, with its errno.
+        """
+        with self._workspace() as workspace:
+            with (workspace / "index").open("xb") as file:
+                index = IndexWriter(file)
+                for entry in layout.entries:
+                    index.add(entry)
+                index.close()
+            tree, needs_lower = build_tree(layout.entries, self._limits.layer_entries)
+            with (workspace / "spans").open("xb") as file:
+                ranges = [(offset, len(piece)) for offset, piece in known]
+                layout.spans.write(file, layout.data_size, ranges)
+            lazy.prepare(workspace, record, layout.data_size, known)
+            described = _describe(workspace, diff_id, tree, layout.data_size, needs_lower)
+            return self._add(workspace, msgspec.structs.replace(described, lazy=layout.format))
+
+    def _add(self, workspace: Path, record: LayerRecord) -> Layer:
+        (workspace / "layer.json").write_bytes(msgspec.json.encode(record))
+        self._publish(workspace, self._directory / _hex(record.diff_id))
+        layer = self.get(Digest(record.diff_id))
         assert layer is not None
         return layer
+
+    def refused(self, diff_id: Digest) -> None:
+        """A lazy layer's blob was found to be wrong: it counts as damaged from now on."""
+        with self._lock:
+            self._damaged |= {diff_id}
 
     def mountable(self, diff_ids: Sequence[Digest]) -> tuple[LayerImage, ...]:
         """The images to stack for these layers, bottom first, one for each.
@@ -252,22 +323,27 @@ class Layers:
         if position and (layer.record.depends or (on_top and layer.record.root_depends)):
             return self._chain_image(stack, position)
         return LayerImage(
-            _hex(layer.diff_id)[:_KEY_LENGTH], layer.directory / "meta.erofs", layer.data
+            _hex(layer.diff_id)[:_KEY_LENGTH],
+            layer.directory / "meta.erofs",
+            layer.data,
+            _incomplete(layer, layer.data),
         )
 
     def _chain_image(self, stack: "_Stack", position: int) -> LayerImage:
         diff_ids = "\n".join(layer.diff_id for layer in stack.layers[: position + 1])
         key = hashlib.sha256(f"{_FORMAT}\n{diff_ids}".encode()).hexdigest()
         directory = self._chains / key
-        own = stack.layers[position].data
+        layer = stack.layers[position]
+        own = layer.data
         with storage(f"reading the layers in {self._directory}"):
             if not _sound(directory, own):
                 with self._building:
                     if not _sound(directory, own):
                         self._delete(directory)
                         self._build_chain(stack, position, directory, diff_ids)
+            data = _chain_data(directory, own)
             return LayerImage(
-                key[:_KEY_LENGTH], directory / "meta.erofs", _chain_data(directory, own)
+                key[:_KEY_LENGTH], directory / "meta.erofs", data, _incomplete(layer, data)
             )
 
     def _build_chain(self, stack: "_Stack", position: int, directory: Path, diff_ids: str) -> None:
@@ -283,6 +359,7 @@ class Layers:
         with self._workspace() as workspace:
             data_size = stack.layers[position].data_size
             if tree.borrowed:
+                stack.require_content(position)
                 data_size = stack.gather_data(position, workspace / "data")
             _write_meta(workspace, tree, data_size, directory.name)
             (workspace / "diff_ids").write_text(diff_ids)
@@ -303,6 +380,8 @@ class Layers:
                 self._layers[diff_id] = Layer(
                     diff_id, path, record.data_size, record.inodes, record
                 )
+                if lazy.refusal(path):
+                    self._damaged |= {diff_id}
                 return
             logger.warning("removing the layer in %s: another version made it", path)
         self._delete(path)
@@ -366,6 +445,17 @@ class _Stack:
             self._trees.append(tree)
         return self._trees[position]
 
+    def require_content(self, position: int) -> None:
+        """Raise ContentNeeded if contents that a layer's data file is made of are not here."""
+        needed = {position, *(copy.origin for copy in self._copies[position])}
+        incomplete = [self.layers[n].diff_id for n in sorted(needed) if not self.layers[n].complete]
+        if incomplete:
+            raise ContentNeeded(
+                f"the layer {self.layers[position].diff_id} gives files of lower layers another "
+                "name, which takes all of their content; pull the image again",
+                tuple(incomplete),
+            )
+
     def gather_data(self, position: int, target: Path) -> int:
         """Write a data file with the layer's own contents and those it borrows; its size."""
         own = self.layers[position]
@@ -414,6 +504,42 @@ def _copy(source: Path, offset: int, size: int, target_fd: int, target: int) -> 
             size -= done
 
 
+def build_tree(entries: Sequence[Entry], max_inodes: int) -> tuple[Tree, str]:
+    """A layer's tree as it is without lower layers, and why it needs some if it does.
+
+    Raises:
+        InvalidLayer, LimitExceeded: the entries make no sense, or are too many.
+    """
+    builder = Builder(max_inodes=max_inodes)
+    needs_lower = ""
+    for entry in entries:
+        try:
+            builder.add(entry)
+        except InvalidLayer as error:
+            if not builder.depends:
+                raise
+            needs_lower = error.sentence  # may be right over lower layers
+            break
+    tree = builder.finish()
+    return tree, needs_lower or tree.unresolved
+
+
+def _describe(
+    workspace: Path, diff_id: Digest, tree: Tree, data_size: int, needs_lower: str
+) -> LayerRecord:
+    """Write ``meta.erofs``; the record of a layer whose index is written already."""
+    return LayerRecord(
+        format=_FORMAT,
+        diff_id=diff_id,
+        data_size=data_size,
+        inodes=_write_meta(workspace, tree, data_size, _hex(diff_id)),
+        depends=tree.depends,
+        root_depends=tree.root_depends,
+        needs_lower=needs_lower,
+        index_size=(workspace / "index").stat().st_size,
+    )
+
+
 def _write_meta(workspace: Path, tree: Tree, data_size: int, identity: str) -> int:
     """Write ``meta.erofs``; the number of inodes."""
     with (workspace / "meta.erofs").open("xb") as file:
@@ -450,6 +576,11 @@ def _chain_data(directory: Path, own: Path | None) -> Path | None:
     """The data file of a chain's image: one of its own, or that of the layer."""
     data = directory / "data"
     return data if data.exists() else own
+
+
+def _incomplete(layer: Layer, data: Path | None) -> Digest | None:
+    """The layer if contents that an image takes from ``data`` are not all there."""
+    return None if data is None or data != layer.data or layer.complete else layer.diff_id
 
 
 def _sound(directory: Path, own: Path | None) -> bool:

@@ -91,7 +91,9 @@ class Layout:
         descriptor.check(data)
         return data
 
-    def open_blob(self, descriptor: Descriptor, offset: int) -> "FileBlob":
+    def open_blob(
+        self, descriptor: Descriptor, offset: int, length: int | None = None
+    ) -> "FileBlob":
         """The file, from ``offset`` on."""
         path = self._blob(descriptor)
         try:
@@ -106,7 +108,7 @@ class Layout:
                 "the layout has to be written again"
             )
         file.seek(offset)
-        return FileBlob(file, offset)
+        return FileBlob(file, offset, size - offset if length is None else length)
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -124,8 +126,9 @@ class Layout:
 class FileBlob:
     """A blob that is a file; see ``BlobStream``."""
 
-    def __init__(self, file: BinaryIO, offset: int) -> None:
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         self._file = file
+        self._left = length
         self._aborted = False
         self.offset = offset
 
@@ -134,7 +137,9 @@ class FileBlob:
         if self._aborted:
             raise PullCancelled("the pull was cancelled")
         with storage("reading the image layout"):
-            return self._file.read(CHUNK)
+            piece = self._file.read(min(CHUNK, self._left))
+        self._left -= len(piece)
+        return piece
 
     def abort(self) -> None:
         """A read from a disk doesn't wait long."""

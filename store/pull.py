@@ -10,8 +10,10 @@ import msgspec
 import trio
 
 from store.cas import Digest
-from store.errors import InvalidReference, StoreError
+from store.config import Mode
+from store.errors import ContentNeeded, CorruptContent, InvalidReference, NotLazy, StoreError
 from store.images import Image
+from store.lazy_pull import Filling, pull_lazily
 from store.manifest import Descriptor
 from store.oci_layout import Layout
 from store.platform import Platform
@@ -31,12 +33,13 @@ from store.transfer import Transfer, ask, to_end
 
 
 class PullRequest(msgspec.Struct, frozen=True):
-    """What to pull: see ``parse_source`` for ``source``; ``platform`` None is the configured one;
-    ``as_name`` None is the source's own name."""
+    """What to pull: see ``parse_source`` for ``source``; ``platform`` and ``mode`` None are the
+    configured ones; ``as_name`` None is the source's own name."""
 
     source: str
     platform: Platform | None = None
     as_name: str | None = None
+    mode: Mode | None = None
 
 
 class _Job:
@@ -53,11 +56,15 @@ class Pulls:
 
     Work runs in the tasks of those who want it: a pull whose last caller is cancelled
     stops, and nothing of it outlives its callers but content for the next attempt.
+
+    Args:
+        filling: brings the contents of lazy layers; without it all layers are pulled in full.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, filling: Filling | None = None) -> None:
         self._store = store
-        self._jobs: dict[tuple[str, Platform, str | None], _Job] = {}
+        self._filling = filling
+        self._jobs: dict[tuple[str, Platform, str | None, Mode], _Job] = {}
         self._running: list[PullProgress] = []
         self._locks: dict[str, trio.Lock] = {}
         self._slots = trio.Semaphore(store.config.parallel_layers)
@@ -83,7 +90,8 @@ class Pulls:
         source = parse_source(request.source)
         platform = request.platform or self._store.config.wanted_platform
         name = _chosen_name(request.as_name)
-        key = (str(source), platform, name)
+        mode = request.mode or self._store.config.lazy.mode
+        key = (str(source), platform, name, mode)
         while (job := self._jobs.get(key)) is not None:
             await job.ended.wait()
             if job.error:
@@ -93,7 +101,7 @@ class Pulls:
             # Whoever did the work was cancelled: it is ours now.
         job = self._jobs[key] = _Job()
         try:
-            job.image = await self._reported(source, platform, name)
+            job.image = await self._reported(source, platform, name, mode)
         except StoreError as error:
             job.error = error
             raise
@@ -103,7 +111,11 @@ class Pulls:
         return job.image
 
     async def _reported(
-        self, described: RegistrySource | LayoutSource, platform: Platform, name: str | None
+        self,
+        described: RegistrySource | LayoutSource,
+        platform: Platform,
+        name: str | None,
+        mode: Mode,
     ) -> Image:
         """One pull, visible in progress and events."""
         events = self._store.events
@@ -114,7 +126,7 @@ class Pulls:
         events.emit("pull.start", name=progress.name, source=str(described))
         why = "cancelled"
         try:
-            image = await self._work(source, str(described), platform, name, progress)
+            image = await self._work(source, str(described), platform, name, mode, progress)
             why = ""
         except StoreError as error:
             why = error.sentence
@@ -144,6 +156,7 @@ class Pulls:
         origin: str,
         platform: Platform,
         name: str | None,
+        mode: Mode,
         progress: PullProgress,
     ) -> Image:
         limit = self._store.config.layers.layer_bytes
@@ -155,25 +168,45 @@ class Pulls:
         image = found.image(name, origin)
         progress.name = image.name
         # An image may hold the same layer several times.
-        wanted = tuple(dict.fromkeys(zip(image.layers, image.diff_ids, strict=True)))
+        pairs = zip(image.layers, image.diff_ids, strict=True)
+        wanted = tuple(
+            {(layer.digest, diff_id): (layer, diff_id) for layer, diff_id in pairs}.values()
+        )
         states = [self._layer_progress(layer) for layer, _ in wanted]
         progress.layers = tuple(dict.fromkeys(states))
         for document in found.documents:
             await to_end(partial(self._store.cas.put, document))
         progress.image = image
         progress.state = "pulling"
-        await self._all_layers(source, image.name, wanted, states)
-        # Layers that don't fit together are found out now, and what it takes to mount them
-        # is made now, not when the first container starts.
-        await trio.to_thread.run_sync(self._store.rootfs_layers, image)
+        lazily = self._filling if mode == "lazy" else None
+        await self._all_layers(_Part(source, origin, image.name, lazily), wanted, states)
+        await self._make_mountable(image)
+        if lazily and self._store.incomplete(image):
+            first = await trio.to_thread.run_sync(self._store.wanted_first, image)
+            for diff_id, ranges in first.items():
+                await lazily.prefetch(diff_id, ranges)
         image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
         await to_end(lambda: self._store.images.put(image))
         return image
 
+    async def _make_mountable(self, image: Image) -> None:
+        """Layers that don't fit together are found out now, and what it takes to mount them
+        is made now, not when the first container starts."""
+        try:
+            await trio.to_thread.run_sync(self._store.rootfs_layers, image)
+        except ContentNeeded as needed:
+            for diff_id in needed.diff_ids:
+                await self._complete(Digest(diff_id))
+            await trio.to_thread.run_sync(self._store.rootfs_layers, image)
+
+    async def _complete(self, diff_id: Digest) -> None:
+        if self._filling is None:
+            raise CorruptContent(f"the layer {diff_id} is incomplete and nobody can fetch the rest")
+        await self._filling.complete(diff_id)
+
     async def _all_layers(
         self,
-        source: Source,
-        name: str,
+        part: "_Part",
         wanted: Sequence[tuple[Descriptor, Digest]],
         states: Sequence[LayerProgress],
     ) -> None:
@@ -183,10 +216,10 @@ class Pulls:
         async def one(layer: Descriptor, diff_id: Digest, state: LayerProgress) -> None:
             nonlocal failure
             try:
-                await self._layer(source, layer, diff_id, state)
+                await self._layer(part, layer, diff_id, state)
             except StoreError as error:
                 if failure is None:
-                    failure = _named(error, name, layer)
+                    failure = _named(error, part.name, layer)
                 nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
@@ -200,16 +233,60 @@ class Pulls:
         return self._layers.setdefault(layer.content, LayerProgress(layer.digest, layer.size))
 
     async def _layer(
-        self, source: Source, layer: Descriptor, diff_id: Digest, state: LayerProgress
+        self, part: "_Part", layer: Descriptor, diff_id: Digest, state: LayerProgress
     ) -> None:
-        store = self._store
-        transfer = Transfer(
-            store.cas, store.layers, store.config.patience, source, layer, diff_id, state
-        )
         # Blobs before layers before slots, everywhere, so that nobody waits in a circle.
         blob, unpacked = self._alone(f"blob {layer.digest}"), self._alone(f"layer {diff_id}")
         async with blob, unpacked, self._slots:
-            await transfer.run()
+            not_lazy = ""
+            if part.lazily and not self._store.cas.contains(layer.content):
+                not_lazy = await self._layer_lazily(part, part.lazily, layer, diff_id, state)
+                if not not_lazy:
+                    return
+            await self._layer_in_full(part.source, layer, diff_id, state, not_lazy)
+
+    async def _layer_lazily(
+        self,
+        part: "_Part",
+        filling: Filling,
+        layer: Descriptor,
+        diff_id: Digest,
+        state: LayerProgress,
+    ) -> str:
+        """Have a layer that is filled when it is read; why that is impossible, or nothing."""
+        layers = self._store.layers
+        known = layers.get(diff_id)
+        if known is None or not await to_end(lambda: layers.usable(diff_id)):
+            limits = self._store.config.layers
+            try:
+                await ask(
+                    lambda: pull_lazily(part.source, part.origin, layer, diff_id, layers, limits)
+                )
+            except NotLazy as error:
+                return error.sentence
+        elif known.complete:
+            # Another blob of the same content; this image's own is not needed for anything.
+            return "its content is here already"
+        await filling.begin(diff_id)
+        state.finished()
+        return ""
+
+    async def _layer_in_full(
+        self,
+        source: Source,
+        layer: Descriptor,
+        diff_id: Digest,
+        state: LayerProgress,
+        not_lazy: str,
+    ) -> None:
+        store = self._store
+        known = store.layers.get(diff_id)
+        if known is not None and not known.complete:
+            await self._complete(diff_id)
+        transfer = Transfer(
+            store.cas, store.layers, store.config.patience, source, layer, diff_id, state, not_lazy
+        )
+        await transfer.run()
 
     @asynccontextmanager
     async def _alone(self, key: str) -> AsyncIterator[None]:
@@ -220,6 +297,15 @@ class Pulls:
         finally:
             if not lock.locked():
                 self._locks.pop(key, None)
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """What all layers of one image have in common; ``lazily`` is None to pull them in full."""
+
+    source: Source
+    origin: str
+    name: str
+    lazily: Filling | None
 
 
 def _chosen_name(text: str | None) -> str | None:

@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
+from urllib.parse import urlencode
 
 import requests
 from urllib3.response import BaseHTTPResponse
@@ -17,13 +18,14 @@ from store.errors import (
     DigestMismatch,
     ImageNotFound,
     InvalidReference,
+    NotLazy,
     PullCancelled,
     RegistryError,
     RegistryUnauthorized,
     SizeMismatch,
     StoreError,
 )
-from store.manifest import INDEXES, MANIFESTS, Descriptor, check_limit
+from store.manifest import INDEXES, MANIFESTS, OCI_INDEX, Descriptor, check_limit
 from store.reference import DEFAULT_REGISTRY, Reference
 from store.transport import (
     Transport,
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 
 # Docker Hub's name is not the name of its registry.
 _DOCKER_HUB = "registry-1.docker.io"
+
+_NO_QUERY: Mapping[str, str] = {}
 
 _ACCEPT = ", ".join(sorted(MANIFESTS | INDEXES))
 
@@ -125,17 +129,54 @@ class Registry:
 
         return self._patiently(fetch)
 
+    def fetch_referrers(self, subject: Digest, artifact_type: str) -> bytes | None:
+        """The index of manifests that refer to another one; not verified. None if there is none.
+
+        Registries before version 1.1 of the specification have no list of them; then clients keep
+        one under a tag ("Referrers Tag Schema"). Of a list in several pages, the first is given.
+
+        Args:
+            artifact_type: those wanted; others may be in the list too.
+
+        Raises:
+            LimitExceeded, RegistryError
+        """
+
+        def fetch(endpoint: "_Endpoint") -> bytes:
+            with self._referrers_answer(endpoint, subject, artifact_type) as response:
+                what = f"the list of what refers to {subject}"
+                return self._document(response, self._limits.manifest_bytes, what)
+
+        try:
+            return self._patiently(fetch)
+        except ImageNotFound:
+            return None
+
+    def _referrers_answer(
+        self, endpoint: "_Endpoint", subject: Digest, artifact_type: str
+    ) -> requests.Response:
+        query = {"artifactType": artifact_type}
+        response = endpoint.get(f"referrers/{subject}", {"Accept": OCI_INDEX}, query)
+        if response.status_code == 404:
+            drain(response)
+            return self._manifest_answer(endpoint, referrers_tag(subject))
+        if response.status_code != 200:
+            raise explain(response, f"no list of what refers to {subject}")
+        return response
+
     def _document(self, response: requests.Response, limit: int, what: str) -> bytes:
         data = self._transport.read(response, limit, what)
         if data is None:
             check_limit(limit + 1, limit, what)
         return data or b""
 
-    def open_blob(self, descriptor: Descriptor, offset: int) -> "HttpBlob":
-        """A blob, as the registry or whoever it redirects to sends it."""
+    def open_blob(
+        self, descriptor: Descriptor, offset: int, length: int | None = None
+    ) -> "HttpBlob":
+        """A blob or a part of it, as the registry or whoever it redirects to sends it."""
 
         def begin(endpoint: "_Endpoint") -> HttpBlob:
-            response = self._blob_answer(endpoint, descriptor, offset)
+            response = self._blob_answer(endpoint, descriptor, offset, length)
             try:
                 return HttpBlob(response, _begin(response, descriptor, offset))
             except BaseException:
@@ -145,10 +186,37 @@ class Registry:
         # Without patience: whoever wants a blob counts the attempts to get all of it.
         return self._anywhere(begin)
 
+    def fetch_range(self, descriptor: Descriptor, offset: int, length: int) -> bytes:
+        """A part of a blob, not verified.
+
+        Raises:
+            NotLazy: the registry only sends whole blobs.
+            BlobNotFound, SizeMismatch, RegistryError: see ``Source.open_blob``.
+        """
+
+        def fetch() -> bytes:
+            stream = self.open_blob(descriptor, offset, length)
+            try:
+                if stream.offset != offset:
+                    raise NotLazy("the registry sends whole blobs only, no parts of them")
+                data = bytearray()
+                while len(data) < length and (piece := stream.read()):
+                    data += piece
+            finally:
+                stream.close()
+            if len(data) < length:
+                raise ConnectionLost("the registry sent less than it was asked for; try again")
+            return bytes(data[:length])
+
+        return self._transport.patiently(fetch)
+
     def _blob_answer(
-        self, endpoint: "_Endpoint", descriptor: Descriptor, offset: int
+        self, endpoint: "_Endpoint", descriptor: Descriptor, offset: int, length: int | None = None
     ) -> requests.Response:
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        headers = {}
+        if offset or length is not None:
+            last = "" if length is None else offset + length - 1
+            headers["Range"] = f"bytes={offset}-{last}"
         response = endpoint.get(f"blobs/{descriptor.digest}", headers)
         if response.status_code == 416:
             # A server that won't continue may still begin again.
@@ -183,6 +251,11 @@ class Registry:
         self._transport.close()
 
 
+def referrers_tag(subject: Digest) -> str:
+    """The tag of the list of what refers to a manifest, where the registry keeps none."""
+    return subject.replace(":", "-")
+
+
 class _Endpoint:
     """One host that may have the image: the registry, or a mirror of it."""
 
@@ -198,7 +271,7 @@ class _Endpoint:
         self._repository = reference.repository
         self._address = _DOCKER_HUB if host == DEFAULT_REGISTRY else host
         # Mirrors of several registries tell them apart by this, as containerd's do.
-        self._query = f"?ns={reference.registry}" if host != reference.registry else ""
+        self._query = {"ns": reference.registry} if host != reference.registry else {}
         self._scheme: str | None = None
         self._authorizer = Authorizer(
             transport,
@@ -206,14 +279,17 @@ class _Endpoint:
             lambda: find_credentials(host, docker_config),
         )
 
-    def get(self, path: str, headers: dict[str, str]) -> requests.Response:
+    def get(
+        self, path: str, headers: dict[str, str], query: Mapping[str, str] = _NO_QUERY
+    ) -> requests.Response:
         """GET of ``/v2/<repository>/<path>``, with credentials if they are wanted.
 
         Raises:
             RegistryUnauthorized: they are wanted and missing or wrong.
             RegistryError: there is no answer.
         """
-        url = f"{self._base()}/v2/{self._repository}/{path}{self._query}"
+        asked = urlencode({**self._query, **query})
+        url = f"{self._base()}/v2/{self._repository}/{path}{'?' if asked else ''}{asked}"
         # The first request may be without a token, the second with one that has expired.
         for _ in range(3):
             used = self._authorizer.header()

@@ -1,9 +1,13 @@
 """Where images come from: what registries and directories have in common."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from store.manifest import Descriptor
 from store.reference import Reference
+
+BlobReader = Callable[[int, int], bytes]
+"""Given offset and length, exactly those bytes of one blob, not verified. Raises StoreError."""
 
 
 class BlobStream(Protocol):
@@ -58,8 +62,12 @@ class Source(Protocol):
     def fetch_config(self, descriptor: Descriptor) -> bytes:
         """An image configuration, verified. Raises as ``fetch_manifest``."""
 
-    def open_blob(self, descriptor: Descriptor, offset: int) -> BlobStream:
-        """The bytes of a blob from ``offset`` on.
+    def open_blob(
+        self, descriptor: Descriptor, offset: int, length: int | None = None
+    ) -> BlobStream:
+        """The bytes of a blob from ``offset`` on, ``length`` of them or up to its end.
+
+        A source that can't begin in the middle may send all: see ``BlobStream``.
 
         Raises:
             BlobNotFound: the source has no such blob.

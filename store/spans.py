@@ -19,7 +19,7 @@ so that a process can serve many layers without their tables in its memory:
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
@@ -97,8 +97,9 @@ class SpanWriter:
     def __init__(self, codec: Codec, blob_size: int) -> None:
         self._codec = codec
         self._blob_size = blob_size
-        self._spans: list[bytes] = []
-        self._pieces: list[bytes] = []
+        self._spans = bytearray()
+        self._pieces = bytearray()
+        self._span_count = self._piece_count = 0
         self._windows = bytearray()
         self._compressor = zstandard.ZstdCompressor(level=3)
         self._end = 0  # of the latest span
@@ -120,48 +121,49 @@ class SpanWriter:
             )
         if span.start > self._end:
             self._append(Span(self._end, span.start))
+        span.first, span.count = self._piece_count, len(pieces)
+        self._piece_count += len(pieces)
+        number = self._span_count
         for piece in pieces:
-            if piece.target < self._target or piece.inner + piece.size > span.size:
+            target, size, inner = piece.target, piece.size, piece.inner
+            if target < self._target or inner + size > span.size:
                 raise InvalidLayer(
                     "the layer's table of contents has contents that overlap or are longer than "
                     "what holds them; do not trust this image"
                 )
-            self._target = piece.target + piece.size
-        span.first, span.count = len(self._pieces), len(pieces)
+            self._target = target + size
+            self._pieces += _PIECE.pack(target, size, inner, number, piece.digest)
         self._append(span)
-        number = len(self._spans) - 1
-        self._pieces += [
-            _PIECE.pack(piece.target, piece.size, piece.inner, number, piece.digest)
-            for piece in pieces
-        ]
 
     def _append(self, span: Span) -> None:
         self._end = span.end
         window = self._compressor.compress(span.window) if span.window else b""
-        self._spans.append(
-            _SPAN.pack(
-                span.start,
-                span.end,
-                span.size,
-                span.first,
-                span.count,
-                len(self._windows),
-                len(window),
-                span.bits,
-                span.lead,
-                span.digest,
-            )
+        self._span_count += 1
+        self._spans += _SPAN.pack(
+            span.start,
+            span.end,
+            span.size,
+            span.first,
+            span.count,
+            len(self._windows),
+            len(window),
+            span.bits,
+            span.lead,
+            span.digest,
         )
         self._windows += window
 
-    def write(self, file: BinaryIO, data_size: int) -> None:
+    def write(self, file: BinaryIO, data_size: int, known: Iterable[tuple[int, int]] = ()) -> None:
         """Write the whole table.
 
         Args:
             data_size: of the data file, in bytes.
+            known: offsets and lengths of what is here already of the blob. What follows all
+                contents is cut there, so that nothing of it is fetched again.
         """
-        if self._end < self._blob_size:
-            self._append(Span(self._end, self._blob_size))
+        edges = {self._blob_size, *(edge for at, size in known for edge in (at, at + size))}
+        for edge in sorted(edge for edge in edges if self._end < edge <= self._blob_size):
+            self._append(Span(self._end, edge))
         file.write(
             _HEAD.pack(
                 MAGIC,
@@ -170,12 +172,12 @@ class SpanWriter:
                 self._blob_size,
                 data_size,
                 self.prefetch_end,
-                len(self._spans),
-                len(self._pieces),
+                self._span_count,
+                self._piece_count,
             )
         )
-        file.writelines(self._spans)
-        file.writelines(self._pieces)
+        file.write(self._spans)
+        file.write(self._pieces)
         file.write(self._windows)
 
 
@@ -201,7 +203,9 @@ class SpanTable:
         if head[:2] != (MAGIC, VERSION) or head[2] not in set(Codec):
             raise self._corrupt()
         self.codec = Codec(head[2])
-        self.blob_size, self.data_size, self.prefetch_end = head[3:6]
+        self.blob_size: int = head[3]
+        self.data_size: int = head[4]
+        self.prefetch_end: int = head[5]
         self.spans: int = head[6]
         self.pieces: int = head[7]
         self._pieces_at = _HEAD.size + self.spans * _SPAN.size

@@ -2,16 +2,21 @@
 
 import fcntl
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from store.ballast import Ballast
 from store.cas import Cas, Digest
 from store.config import StoreConfig
 from store.db import Database
-from store.errors import StoreInUse, storage
+from store.errors import ImageNotFound, StoreInUse, storage
 from store.events import EventLog
 from store.images import Image, Images
-from store.layers import LayerImage, Layers
+from store.layers import Layer, LayerImage, Layers
+from store.lazy import fetched
+from store.locate import Contents, Ranges
+from store.opened import Opened
 
 
 class Store:
@@ -43,6 +48,7 @@ class Store:
                     self.db = Database(root / "ctrfs.db")
                 self.cas = Cas(root)
                 self.images = Images(self.db)
+                self.opened = Opened(self.db)
                 self.layers = Layers(root / "layers", config.layers)
             except BaseException:
                 os.close(self._lock)
@@ -68,6 +74,57 @@ class Store:
             if diff_id in layers:
                 damaged.add(layer.content)
         return tuple(digest for digest in image.blobs() if digest in damaged)
+
+    def incomplete(self, image: Image) -> tuple[Digest, ...]:
+        """The layers of an image whose contents are not all here; looks at a file for each."""
+        return tuple(layer.diff_id for layer in self._layers_of(image) if not layer.complete)
+
+    def complete(self, diff_ids: Sequence[Digest]) -> bool:
+        """Whether all contents of these layers are here."""
+        layers = map(self.layers.get, diff_ids)
+        return all(layer is not None and layer.complete for layer in layers)
+
+    def percent(self, image: Image) -> int | None:
+        """How much of an image's layers is here, rounded down; None when all of it is."""
+        sizes = {image.diff_ids[n]: layer.size for n, layer in enumerate(image.layers)}
+        lacking, complete = 0, True
+        for layer in self._layers_of(image):
+            here = fetched(layer.directory)
+            if here is not None:
+                complete = False
+                lacking += max(0, sizes[layer.diff_id] - here)
+        total = sum(sizes.values())
+        return None if complete else 100 * max(0, total - lacking) // max(1, total)
+
+    def _layers_of(self, image: Image) -> list[Layer]:
+        found = (self.layers.get(diff_id) for diff_id in dict.fromkeys(image.diff_ids))
+        return [layer for layer in found if layer is not None]
+
+    def locate(self, image: Image, path: str) -> Ranges:
+        """Where the contents of a path of an image are. Blocks.
+
+        Raises:
+            ImageNotFound: the image has no such path.
+            CorruptContent: a layer is damaged.
+        """
+        return Contents(self._layers_of(image)).ranges(path)
+
+    def wanted_first(self, image: Image) -> Ranges:
+        """Where the contents are that containers of an image opened first. Blocks.
+
+        Raises:
+            CorruptContent: a layer is damaged.
+        """
+        paths = self.opened.get(image.digest)
+        if not paths:
+            return {}
+        contents = Contents(self._layers_of(image))
+        wanted: Ranges = {}
+        for path in paths:
+            with suppress(ImageNotFound):  # the container made it itself
+                for diff_id, ranges in contents.ranges(path).items():
+                    wanted.setdefault(diff_id, []).extend(ranges)
+        return wanted
 
     def close(self) -> None:
         """Close the database and let other processes in."""

@@ -20,39 +20,23 @@ from typing import Protocol
 
 from store.errors import InvalidLayer, LimitExceeded
 from store.index import Entry
+from store.tar_entry import REBUILD, make_entry, wrong_size
 from store.tar_header import (
     BLOCK,
-    REBUILD,
     SPECIAL_MAX,
     Header,
     apply_pax,
     block_sum,
-    check_numbers,
     check_segments,
-    device,
-    hard_link,
     number,
     pax_records,
     read_header,
     senseless,
-    symlink,
 )
-from store.tar_names import clean_path, shown
+from store.tar_names import shown
 from store.tar_sparse import SparseMap
 
 _SPARSE = struct.Struct("12s12s")
-
-_TYPES = {
-    b"0": stat.S_IFREG,
-    b"\0": stat.S_IFREG,
-    b"7": stat.S_IFREG,  # "contiguous", a regular file everywhere
-    b"S": stat.S_IFREG,  # sparse, old GNU format
-    b"2": stat.S_IFLNK,
-    b"3": stat.S_IFCHR,
-    b"4": stat.S_IFBLK,
-    b"5": stat.S_IFDIR,
-    b"6": stat.S_IFIFO,
-}
 
 
 class Contents(Protocol):
@@ -77,12 +61,17 @@ class TarParser:
     Args:
         contents: gets each regular file's bytes.
 
+    Attributes:
+        position: where the bytes that ``contents`` gets next are in the archive.
+
     Every method raises InvalidLayer or LimitExceeded for an archive that breaks the
     format or a limit; after that the parser must not be used.
     """
 
     def __init__(self, contents: Contents) -> None:
         self._contents = contents
+        self.position = 0
+        self._fed = 0
         self._header = Header()
         self._name = b""  # of the latest entry, for messages
         # The body that comes next: what is left of it, and then up to the block's end.
@@ -114,10 +103,13 @@ class TarParser:
             view: the next bytes; all but the last call's must be a multiple of 512 long.
         """
         position, end = 0, len(view)
+        base = self._fed
+        self._fed += end
         while position < end:
             entry = None
             if self._left:
                 step = min(self._left, end - position)
+                self.position = base + position
                 self._take(view[position : position + step])
                 position += step
             elif self._padding:
@@ -165,6 +157,7 @@ class TarParser:
                 continue
             step = min(self._segment_left, len(view))
             self._contents.write(view[:step])
+            self.position += step
             self._segment_left -= step
             view = view[step:]
 
@@ -295,51 +288,29 @@ class TarParser:
     # --- entries ------------------------------------------------------------------
 
     def _finished(self, header: Header) -> Entry:
-        path = clean_path(header.name)
-        if path is None:
-            raise InvalidLayer(
-                f"{shown(header.name)} in the layer leads out of the image with '..'; "
-                "do not trust this image"
-            )
-        self._name = path
-        check_numbers(header, path)
-        kind = header.kind
-        if kind == b"\0" and header.name[-1:] == b"/":
-            kind = b"5"  # v7 archives have no type for directories
-        size = offset = rdev = 0
-        link = b""
-        file_type = _TYPES.get(kind)
-        if file_type == stat.S_IFREG:
-            size = header.size
-            offset = self._begin(header, path)
-        elif kind == b"1":
-            return Entry(path, 0, link=hard_link(header.link, path))
-        elif file_type == stat.S_IFLNK:
-            link = symlink(header.link, path)
-            size = len(link)
-            header.mode = 0o777  # whatever it says: no system call can make it another
-        elif file_type in (stat.S_IFCHR, stat.S_IFBLK):
-            rdev = device(header, path)
-        elif file_type is None:
-            raise InvalidLayer(
-                f"{shown(path)} in the layer has the tar type {kind!r}, which layers can't hold"
-            )
-        return Entry(
-            path,
-            file_type | header.mode & 0o7777,
+        entry = make_entry(
+            header.kind,
+            header.name,
+            header.link,
+            header.mode,
             header.uid,
             header.gid,
+            header.size,
             header.seconds,
             header.nanoseconds,
-            size,
-            offset,
-            rdev,
-            link,
+            header.major,
+            header.minor,
             header.xattrs,
         )
+        self._name = entry.path
+        if stat.S_ISREG(entry.mode):
+            entry.offset = self._begin(header, entry.path)
+        return entry
 
     def _begin(self, header: Header, path: bytes) -> int:
         """Reserve the content's place and get ready to take it."""
+        if header.stored < 0:
+            raise wrong_size(path, header.stored)
         self._segments = None
         if header.segments is not None:
             check_segments(header, path)

@@ -1,11 +1,12 @@
-"""The fields of one tar entry: numbers, pax records, and what they may be."""
+"""The fields of one tar header: numbers and pax records."""
 
 import struct
 from functools import lru_cache
 from zlib import adler32
 
 from store.errors import InvalidLayer, LimitExceeded
-from store.tar_names import NAME_MAX, PATH_MAX, clean_path, shown
+from store.tar_entry import REBUILD, is_kept
+from store.tar_names import shown
 
 BLOCK = 512
 
@@ -18,23 +19,9 @@ SPECIAL_MAX = 1 << 20
 # maps which fit into SPECIAL_MAX have fewer.
 SEGMENTS_MAX = 100_000
 
-# What to do about most broken archives.
-REBUILD = "the image has to be built or pushed again"
-
-# Extended attributes of one file, names and values. The kernel allows 64 KiB for a value
-# and for the list of names; an EROFS value's length has 16 bits.
-XATTR_VALUE_MAX = 65535
-XATTR_TOTAL_MAX = 128 << 10
-
 # No user and group names (64x): layers go by numbers.
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s64x8s8s155s12x")
 _XATTR_PREFIX = b"SCHILY.xattr."
-
-# Those the overlay driver acts on. In a layer they would be commands to it: a
-# redirect shows any directory of the layers below under another name.
-_OVERLAY_XATTRS = (b"trusted.overlay.", b"user.overlay.")
-_XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
-_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 Segments = list[tuple[int, int]]
 """What a sparse file stores: (offset in the file, length), ascending."""
@@ -77,11 +64,6 @@ class Header:
     minor: int
     segments: Segments | None
     xattrs: dict[bytes, bytes] | None
-
-
-def encode_device(major: int, minor: int) -> int:
-    """Device numbers in 32 bits as the kernel's new_encode_dev() does: 12 and 20 bits."""
-    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
 
 
 @lru_cache(maxsize=8192)
@@ -237,16 +219,7 @@ def _no_nul(value: bytes) -> bytes:
 
 
 def _add_xattr(header: Header, name: bytes, value: bytes) -> None:
-    """Keep an attribute that EROFS can hold and overlayfs does not take for its own.
-
-    Others (``system.nfs4_acl``, ``btrfs.compression``) belong to filesystems that the image
-    was built on; container runtimes drop what the filesystem refuses.
-    """
-    if b"\0" in name or len(name) > NAME_MAX:
-        raise ValueError
-    if name.startswith(_OVERLAY_XATTRS):
-        return
-    if name in _ACLS or (name.startswith(_XATTR_NAMESPACES) and not name.endswith(b".")):
+    if is_kept(name):
         if header.xattrs is None:
             header.xattrs = {}
         header.xattrs[name] = value
@@ -274,42 +247,6 @@ def senseless(name: bytes, what: str) -> InvalidLayer:
     return InvalidLayer(f"{shown(name)} in the layer has a {what} that makes no sense; {REBUILD}")
 
 
-def check_numbers(header: Header, path: bytes) -> None:
-    if len(path) >= PATH_MAX:
-        raise LimitExceeded(
-            f"{shown(path)} in the layer has a path of {len(path)} bytes; Linux allows 4095"
-        )
-    if len(path) > NAME_MAX:
-        longest = max(map(len, path.split(b"/")))
-        if longest > NAME_MAX:
-            raise InvalidLayer(
-                f"{shown(path)} in the layer has a name of {longest} bytes; Linux allows {NAME_MAX}"
-            )
-    # The highest number means "leave it" to chown(2).
-    if not (0 <= header.uid < 0xFFFFFFFF and 0 <= header.gid < 0xFFFFFFFF):
-        raise InvalidLayer(
-            f"{shown(path)} in the layer has owner {header.uid}:{header.gid}; "
-            "Linux has numbers from 0 to 4294967294"
-        )
-    if not 0 <= header.size < 1 << 63 or header.stored < 0:
-        raise InvalidLayer(f"{shown(path)} in the layer has the size {header.size}")
-    if not -(1 << 63) <= header.seconds < 1 << 63:
-        raise InvalidLayer(f"{shown(path)} in the layer has a time beyond what Linux can hold")
-    if header.xattrs is not None:
-        _check_xattrs(header.xattrs, path)
-
-
-def _check_xattrs(xattrs: dict[bytes, bytes], path: bytes) -> None:
-    total = 0
-    for name, value in xattrs.items():
-        total += len(name) + len(value)
-        if len(value) > XATTR_VALUE_MAX or total > XATTR_TOTAL_MAX:
-            raise LimitExceeded(
-                f"{shown(path)} in the layer has extended attributes of {total} bytes or more; "
-                f"supported are {XATTR_VALUE_MAX} in one and {XATTR_TOTAL_MAX} together"
-            )
-
-
 def check_count(count: int, path: bytes) -> None:
     if count > SEGMENTS_MAX:
         raise LimitExceeded(
@@ -328,36 +265,3 @@ def check_segments(header: Header, path: bytes) -> None:
         stored += length
     if stored != header.stored:
         raise senseless(path, "sparse map")
-
-
-def hard_link(target: bytes, path: bytes) -> bytes:
-    clean = clean_path(target)
-    if clean is None:
-        raise InvalidLayer(
-            f"{shown(path)} in the layer is a hard link to {shown(target)}, which leads out of "
-            "the image with '..'; do not trust this image"
-        )
-    return clean
-
-
-def symlink(target: bytes, path: bytes) -> bytes:
-    if not target or len(target) >= PATH_MAX:
-        raise InvalidLayer(
-            f"{shown(path)} in the layer is a symbolic link with a text of {len(target)} bytes; "
-            "Linux allows 1 to 4095"
-        )
-    return target
-
-
-def device(header: Header, path: bytes) -> int:
-    if not (0 <= header.major < 1 << 12 and 0 <= header.minor < 1 << 20):
-        raise InvalidLayer(
-            f"{shown(path)} in the layer is the device {header.major}:{header.minor}; "
-            "Linux has numbers up to 4095:1048575"
-        )
-    if header.kind == b"3" and not header.major and not header.minor:
-        raise InvalidLayer(
-            f"{shown(path)} in the layer is the character device 0:0, by which overlayfs "
-            "marks deleted files; a layer marks them by names that begin with '.wh.'"
-        )
-    return encode_device(header.major, header.minor)

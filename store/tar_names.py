@@ -1,8 +1,13 @@
 """Names in archives: made clean for the tree, and made harmless for messages."""
 
+import re
+
 # Kernel limits (limits.h): a component, and what a system call takes with its NUL.
 NAME_MAX = 255
 PATH_MAX = 4096
+
+# What may be an empty, ``.`` or ``..`` component; one search costs half of two with ``in``.
+_UNCLEAN = re.compile(rb"/[./]").search
 
 
 def shown(name: bytes) -> str:
@@ -21,7 +26,7 @@ def clean_path(name: bytes) -> bytes | None:
         name = name[2:]
     if name[-1:] == b"/":
         name = name[:-1]
-    if name[:1] not in (b"/", b".", b"") and b"/." not in name and b"//" not in name:
+    if name[:1] not in (b"/", b".", b"") and not _UNCLEAN(name):
         return name
     parts: list[bytes] = []
     for part in name.split(b"/"):

@@ -150,7 +150,8 @@ class Pipe:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One blob and the layer in it: where they come from, where they go, who is told.
+    """One blob and the layer in it: where they come from, where they go, who is told, and why
+    the layer is not lazy.
 
     Nobody else may work on the same blob or layer meanwhile.
     """
@@ -162,6 +163,7 @@ class Transfer:
     descriptor: Descriptor
     diff_id: Digest
     progress: LayerProgress
+    not_lazy: str = ""
 
     @property
     def digest(self) -> Digest:
@@ -199,7 +201,8 @@ class Transfer:
 
     def unpack(self, pieces: Iterator[bytes], cancelled: Callable[[], bool]) -> None:
         """Make the layer from the blob's bytes."""
-        self.layers.unpack(pieces, self.descriptor.media_type, self.diff_id, cancelled)
+        media_type = self.descriptor.media_type
+        self.layers.unpack(pieces, media_type, self.diff_id, cancelled, self.not_lazy)
 
     async def _fetch(self) -> None:
         self.progress.stage = "fetching"

@@ -101,7 +101,7 @@ def unpack_blob(
                     buffer = ring.free_buffer()
                     count = reader.fill(buffer)
                     total += count
-                    _check_size(total, source.consumed, limits)
+                    check_size(total, source.consumed, limits)
                     view = buffer[:count]
                     ring.used(
                         buffer,
@@ -114,16 +114,12 @@ def unpack_blob(
             unpacked = consumer.finish()
     finally:
         os.close(data_fd)
-    found = f"sha256:{digest.hexdigest()}"
-    if found != diff_id:
-        raise DigestMismatch(
-            f"the layer unpacks to an archive with digest {found}, but the image config lists "
-            f"{diff_id}; the image has to be built or pushed again"
-        )
+    check_diff_id(Digest(f"sha256:{digest.hexdigest()}"), diff_id)
     return unpacked
 
 
-def _check_size(total: int, consumed: int, limits: LayerLimits) -> None:
+def check_size(total: int, consumed: int, limits: LayerLimits) -> None:
+    """Raises LimitExceeded: so many bytes out of so many are too much."""
     if total > limits.layer_bytes:
         raise LimitExceeded(
             f"the layer unpacks to more than {limits.layer_bytes} bytes; "
@@ -134,6 +130,45 @@ def _check_size(total: int, consumed: int, limits: LayerLimits) -> None:
             f"the layer unpacks to more than {limits.layer_ratio} times its compressed size; "
             "raise layer_ratio in the store's configuration if you trust the image"
         )
+
+
+def check_metadata(total: int, limits: LayerLimits) -> None:
+    """Raises LimitExceeded: names, link texts and attributes of so many bytes are too much."""
+    if total > limits.layer_metadata_bytes:
+        raise LimitExceeded(
+            f"the names and attributes in the layer have more than "
+            f"{limits.layer_metadata_bytes} bytes; raise layer_metadata_bytes in the "
+            "store's configuration if you trust the image"
+        )
+
+
+def attributes_size(entry: Entry) -> int:
+    """Of the entry's extended attributes, names and values, in bytes."""
+    return sum(len(name) + len(value) for name, value in (entry.xattrs or {}).items())
+
+
+def check_content(entry: Entry, limits: LayerLimits) -> None:
+    """Raises LimitExceeded: with the entry's content the data file is too large."""
+    if entry.offset + entry.size > min(limits.layer_bytes, _DATA_MAX):
+        raise LimitExceeded(
+            f"{shown(entry.path)} in the layer has {entry.size} bytes, with which the layer's "
+            f"files have more than {limits.layer_bytes}; raise layer_bytes in the "
+            "store's configuration if you trust the image"
+        )
+
+
+def check_diff_id(found: Digest, diff_id: Digest) -> None:
+    """Raises DigestMismatch: the archive is not the one that the image config names."""
+    if found != diff_id:
+        raise DigestMismatch(
+            f"the layer unpacks to an archive with digest {found}, but the image config lists "
+            f"{diff_id}; the image has to be built or pushed again"
+        )
+
+
+def aligned(end: int) -> int:
+    """Where in the data file the content after one that ends here begins."""
+    return end + -end % ALIGNMENT
 
 
 class _Ring:
@@ -187,12 +222,7 @@ class _Consumer:
             if entry.xattrs is not None or entry.size > BUFFER_SIZE:
                 self._check(entry)
         self._data.flush()
-        if self._metadata > self._limits.layer_metadata_bytes:
-            raise LimitExceeded(
-                f"the names and attributes in the layer have more than "
-                f"{self._limits.layer_metadata_bytes} bytes; raise layer_metadata_bytes in the "
-                "store's configuration if you trust the image"
-            )
+        check_metadata(self._metadata, self._limits)
 
     def finish(self) -> Unpacked:
         self._parser.finish()
@@ -218,14 +248,8 @@ class _Consumer:
         pass
 
     def _check(self, entry: Entry) -> None:
-        for name, value in (entry.xattrs or {}).items():
-            self._metadata += len(name) + len(value)
-        if entry.offset + entry.size > min(self._limits.layer_bytes, _DATA_MAX):
-            raise LimitExceeded(
-                f"{shown(entry.path)} in the layer has {entry.size} bytes, with which the layer's "
-                f"files have more than {self._limits.layer_bytes}; raise layer_bytes in the "
-                "store's configuration if you trust the image"
-            )
+        self._metadata += attributes_size(entry)
+        check_content(entry, self._limits)
 
 
 class DataFile:
@@ -247,7 +271,7 @@ class DataFile:
         self._sent = 0  # up to here the kernel is writing back
 
     def begin(self, size: int) -> int:
-        start = self._end + -self._end % ALIGNMENT
+        start = aligned(self._end)
         self._end = start + size
         gap = start - self._position
         if gap >= ALIGNMENT:
@@ -278,7 +302,7 @@ class DataFile:
     def finish(self) -> int:
         """Round the file up to whole blocks; its size."""
         self.flush()
-        size = self._end + -self._end % ALIGNMENT
+        size = aligned(self._end)
         os.truncate(self._fd, size)
         return size
 

@@ -15,34 +15,54 @@ from fs.mount import serve
 from fs.root import Root
 from runtime import features
 from runtime.containers import Containers
+from runtime.layerserver.client import LayerClient
 from runtime.rootfs import Rootfs
 from store.events import EventLog
 from store.pull import Pulls
 from store.store import Store
+from tools import layers
 from tools.options import Options
 
 log = logging.getLogger(__name__)
 
 
-def run(options: Options, ready: Callable[[], None]) -> None:
+def run(options: Options, ready: Callable[[], None], level: str, *, background: bool) -> None:
     """Serve the tree at ``options.mountpoint`` until SIGTERM or SIGINT, or until it is
     unmounted. Containers run on when it ends.
 
     Args:
         options: where state and mount are.
         ready: called once the mount answers.
+        level: the least that the layer server logs.
+        background: whether it logs where background daemons do.
 
     Raises:
         CtrfsError: the configuration or the state cannot be used.
     """
-    trio.run(_serve, options, load(options.config), ready)
-
-
-async def _serve(options: Options, config: Config, ready: Callable[[], None]) -> None:
+    config = load(options.config)
     events = EventLog()
-    store = await trio.to_thread.run_sync(Store, options.root, config.store, events)
-    rootfs = await trio.to_thread.run_sync(Rootfs, options.run)
-    containers = Containers(store, rootfs, config.runtime, options.root, options.run)
+
+    async def serve() -> None:
+        store = await trio.to_thread.run_sync(Store, options.root, config.store, events)
+        client = layers.client(options, store, level, background=background)
+        await _serve(options, config, store, client, ready)
+
+    trio.run(serve)
+
+
+async def _serve(
+    options: Options,
+    config: Config,
+    store: Store,
+    client: LayerClient,
+    ready: Callable[[], None],
+) -> None:
+    rootfs = await trio.to_thread.run_sync(
+        Rootfs, options.run, None, lambda diff_id: trio.from_thread.run(client.device, diff_id)
+    )
+    containers = Containers(
+        store, rootfs, config.runtime, options.root, options.run, lambda: client.held
+    )
     mountpoint = str(options.mountpoint)
     automounts = Automounts(mountpoint)
     failures = Failures()
@@ -50,14 +70,19 @@ async def _serve(options: Options, config: Config, ready: Callable[[], None]) ->
         async with trio.open_nursery() as nursery, containers.opened():
             context = Context(
                 store=store,
-                pulls=Pulls(store),
+                pulls=Pulls(store, client),
                 containers=containers,
                 rootfs=rootfs,
+                layers=client,
                 failures=failures,
                 automounts=automounts,
                 config=config,
                 info=await trio.to_thread.run_sync(features.report, config.runtime),
             )
+            follower = layers.Follower(
+                store, rootfs, containers, automounts, failures, nursery, client
+            )
+            nursery.start_soon(client.follow, follower.heard, follower.restarted)
             stop = trio.Event()
             nursery.start_soon(_stop_on_signal, stop)
             root = Root(context)
@@ -67,6 +92,7 @@ async def _serve(options: Options, config: Config, ready: Callable[[], None]) ->
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(rootfs.close)
+            await client.end()
             await trio.to_thread.run_sync(store.close)
 
 

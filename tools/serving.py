@@ -25,7 +25,7 @@ def foreground(options: Options, level: str) -> None:
     """
     logs.to_stderr(level)
     with claimed(options):
-        _serve(options, notify.ready)
+        _serve(options, notify.ready, level, background=False)
 
 
 def background(options: Options, level: str) -> None:
@@ -81,7 +81,7 @@ class _Daemon:
         try:
             with claimed(self._options):
                 self._log_path = logs.of_daemon(self._options.root, self._level)
-                _serve(self._options, self._ready)
+                _serve(self._options, self._ready, self._level, background=True)
         except CtrfsError as error:
             self._tell(os.fsencode(error.sentence))
             log.error("%s", error.sentence)
@@ -119,7 +119,7 @@ def _untold_end(status: int) -> str:
     return f"the daemon ended {how} before it was ready; `ctrfs mount --foreground` shows its log"
 
 
-def _serve(options: Options, ready: Callable[[], None]) -> None:
+def _serve(options: Options, ready: Callable[[], None], level: str, *, background: bool) -> None:
     # Before the daemon listens to signals itself, one that ends it must tidy up all the same.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # Imported here because the other commands need none of it.
@@ -128,7 +128,7 @@ def _serve(options: Options, ready: Callable[[], None]) -> None:
     if mountpoint.prepare(options.mountpoint):
         log.warning("detached the mount that a killed daemon left at %s", options.mountpoint)
     try:
-        daemon.run(options, ready)
+        daemon.run(options, ready, level, background=background)
     except BaseExceptionGroup as group:
         raise _ours(group) or group from group
     except RuntimeError as error:  # libfuse has said why on standard error

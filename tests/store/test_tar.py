@@ -9,7 +9,7 @@ import pytest
 from store.errors import CtrfsError, InvalidLayer, LimitExceeded
 from store.index import Entry
 from store.tar import TarParser
-from store.tar_header import encode_device
+from store.tar_entry import encode_device
 from store.tar_names import clean_path, shown
 from tests.support.tars import (
     BLOCK,

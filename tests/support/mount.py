@@ -145,7 +145,7 @@ class Mount:
         if (self.run / "runc").exists():
             for uid in os.listdir(self.run / "runc"):
                 subprocess.run([*runtime, "delete", "--force", uid], capture_output=True)
-        for pid in self.monitors():
+        for pid in self.monitors() + self.layer_servers():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for mounted in reversed(linux.mounts()):
@@ -154,13 +154,21 @@ class Mount:
         shutil.rmtree(self.run, ignore_errors=True)
 
     def monitors(self) -> list[int]:
-        """Processes that have our run directory in their command line."""
+        """Processes of containers that have our run directory in their command line."""
+        return [pid for pid, command in self._processes() if b"tools.layerserver" not in command]
+
+    def layer_servers(self) -> list[int]:
+        """The layer server, if it runs."""
+        return [pid for pid, command in self._processes() if b"tools.layerserver" in command]
+
+    def _processes(self) -> list[tuple[int, bytes]]:
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:
-                    if str(self.run).encode() in (entry / "cmdline").read_bytes():
-                        found.append(int(entry.name))
+                    command = (entry / "cmdline").read_bytes()
+                    if str(self.run).encode() in command:
+                        found.append((int(entry.name), command))
                 except OSError:
                     continue
         return found

@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -61,6 +62,16 @@ class Exchange:
             without: request headers that the registry doesn't get.
         """
         connection = http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=30)
+        with closing(connection):
+            self._pass_on(connection, limit, change, without)
+
+    def _pass_on(
+        self,
+        connection: http.client.HTTPConnection,
+        limit: int | None,
+        change: Callable[[bytes], bytes],
+        without: tuple[str, ...],
+    ) -> None:
         dropped = {"host", "connection", *without}
         sent = {k: v for k, v in self._handler.headers.items() if k.lower() not in dropped}
         connection.request("GET", self._handler.path, headers=sent)
@@ -76,7 +87,6 @@ class Exchange:
                 break
             self.write(change(piece))
             left = None if left is None else left - len(piece)
-        connection.close()
 
     def cut(self) -> None:
         """End the connection as a crash would."""
@@ -211,6 +221,10 @@ class Proxy:
     def on(self, pattern: str, fault: Fault, times: int = 1_000_000) -> None:
         """Treat the next requests so whose path matches; rules made earlier come first."""
         self._rules.append(_Rule(re.compile(pattern), fault, times))
+
+    def heal(self) -> None:
+        """Treat all further requests well."""
+        self._rules.clear()
 
     def paths(self, pattern: str) -> list[Seen]:
         """The requests whose path matches."""

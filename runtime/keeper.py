@@ -1,0 +1,127 @@
+"""Keepers: idle processes that hold the descriptors of a group of fanotify events.
+
+A group lives as long as any process has its descriptor (fanotify.py). A keeper is a
+``sleep infinity`` that has inherited it and the memory file of its slots; 0.1 MB of memory
+are its own. A conmon that inherits both holds them just as well. Holders need not know that
+they are: they are found by the name of the memory file, and their descriptors are
+duplicated with pidfd_getfd(2).
+"""
+
+import errno
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from runtime import linux
+from runtime.errors import RuntimeFailure
+from runtime.fanotify import CLASS_PRE_CONTENT, PreContentGroup
+from runtime.oci import find_program
+from runtime.processes import command_line, identify
+
+
+def start(group: PreContentGroup) -> int:
+    """Start a keeper, which stays until somebody ends it. Blocks shortly.
+
+    Returns:
+        Its process id. It is no child of this process.
+
+    Raises:
+        Unsupported: there is no program ``sleep``.
+        RuntimeFailure: the machine can have no more processes.
+    """
+    started = subprocess.run(
+        ["sh", "-c", '"$0" infinity >/dev/null 2>&1 & echo $!', find_program("sleep")],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        pass_fds=(group.fd, group.slots_fd),
+        start_new_session=True,
+        cwd="/",
+        check=False,
+    )
+    if started.returncode:
+        raise RuntimeFailure(f"cannot start a process: {started.stderr.decode().strip()}")
+    return int(started.stdout)
+
+
+def stop(name: str) -> None:
+    """End the keepers of the group whose memory file has this name; other holders stay."""
+    for pid in find(name):
+        process = identify(pid)
+        if process and command_line(pid)[-1:] == ["infinity"]:
+            process.send(signal.SIGKILL)
+
+
+def find(name: str) -> list[int]:
+    """The processes, but for this one, that hold the group whose memory file has this name.
+
+    Anybody can name a memory file so: only processes of our own user count, with a group of
+    a kind that the kernel makes for root alone.
+    """
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    return [pid for pid in pids if pid != os.getpid() and _held(pid, name)]
+
+
+def take(pid: int, name: str) -> tuple[int, int] | None:
+    """Duplicates of a holder's descriptors, for PreContentGroup.adopt().
+
+    Returns:
+        The group and its slots; None when the process holds them no more.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    try:
+        # Should another process have the number by now, pidfd_getfd() will not look there.
+        held = _held(pid, name)
+        return _duplicates(pidfd, held) if held else None
+    finally:
+        os.close(pidfd)
+
+
+def _duplicates(pidfd: int, held: tuple[int, int]) -> tuple[int, int] | None:
+    try:
+        group = linux.pidfd_getfd(pidfd, held[0])
+        try:
+            return group, linux.pidfd_getfd(pidfd, held[1])
+        except OSError:
+            os.close(group)
+            raise
+    except OSError as error:
+        if error.errno not in (errno.ESRCH, errno.EBADF):
+            raise
+        return None
+
+
+def _held(pid: int, name: str) -> tuple[int, int] | None:
+    """The numbers of the two descriptors in another process."""
+    process = Path(f"/proc/{pid}")
+    group = slots = None
+    with suppress(OSError):
+        if process.stat().st_uid != os.geteuid():
+            return None
+        for number in os.listdir(process / "fd"):
+            link = os.readlink(process / "fd" / number)
+            if link == f"/memfd:{name} (deleted)":
+                # One with a lock is what the reader of the events has for itself.
+                if not _facts(process, number, "lock:"):
+                    slots = int(number)
+            elif link == "anon_inode:[fanotify]" and _is_for_root(process, number):
+                group = int(number)
+    return None if group is None or slots is None else (group, slots)
+
+
+def _facts(process: Path, number: str, key: str) -> list[str]:
+    """The words after a key in what the kernel says about a descriptor."""
+    for line in (process / "fdinfo" / number).read_text().splitlines():
+        if line.startswith(key):
+            return line.removeprefix(key).split()
+    return []
+
+
+def _is_for_root(process: Path, number: str) -> bool:
+    """Whether a group has a class that needs CAP_SYS_ADMIN: ``fanotify flags:3b event-flags:…``."""
+    flags = _facts(process, number, "fanotify flags:")
+    return bool(flags) and bool(int(flags[0], 16) & CLASS_PRE_CONTENT)

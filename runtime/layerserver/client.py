@@ -1,0 +1,243 @@
+"""The daemon's side: starts the layer server, asks it, and hears its news.
+
+The server outlives the daemon, and the daemon a server that dies: that one is started again at
+once.
+"""
+
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import trio
+
+from runtime import keeper
+from runtime.layerserver import protocol, rundir
+from runtime.layerserver.fanotify_serving import group_name
+from runtime.layerserver.protocol import (
+    Answer,
+    Configure,
+    Device,
+    Done,
+    End,
+    Failure,
+    Fetch,
+    Listen,
+    News,
+    Open,
+    Prefetch,
+    Ranges,
+    Report,
+    Request,
+    Status,
+)
+from store.cas import Digest
+from store.config import StoreConfig
+from store.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+# A Python process takes a quarter of a second to come up, some more on a busy machine.
+_START_SECONDS = 30.0
+_POLL_SECONDS = 0.01
+_END_SECONDS = 5.0
+
+# What comes first on a connection that brings news.
+_GREETING = protocol.encode(Done())
+_GREETING_SECONDS = 5.0
+
+
+class LayerServerFailed(StoreError):
+    """The layer server could not do what it was asked for, or does not come up."""
+
+
+class LayerClient:
+    """One daemon's connection to its layer server. To be used from one trio run.
+
+    Args:
+        run: the server's run directory.
+        config: the store's settings.
+        command: starts a server.
+    """
+
+    def __init__(self, run: Path, config: StoreConfig, command: Sequence[str]) -> None:
+        self._run = run
+        self._config = config
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        # Descriptors that whoever reads incomplete layers should hold, to pass to monitors.
+        self.held: tuple[int, ...] = ()
+
+    # --- requests ----------------------------------------------------------------------
+
+    async def device(self, diff_id: Digest) -> Device:
+        """What to mount as the device of a layer.
+
+        Raises:
+            LayerServerFailed: it can't be served.
+        """
+        answer = await self._ask(Open(diff_id))
+        assert isinstance(answer, Device)
+        return answer
+
+    async def begin(self, diff_id: Digest) -> None:
+        """Start to serve and to fill a layer (``store.lazy_pull.Filling``)."""
+        await self._ask(Open(diff_id))
+
+    async def complete(self, diff_id: Digest) -> None:
+        """Bring all of a layer here (``store.lazy_pull.Filling``)."""
+        await self._ask(Fetch(diff_id))
+
+    async def fetch(self, diff_id: Digest, ranges: Ranges) -> None:
+        """Bring ranges of a layer's data here, and wait until they are.
+
+        Raises:
+            LayerServerFailed: they can't be had.
+        """
+        await self._ask(Fetch(diff_id, ranges))
+
+    async def prefetch(self, diff_id: Digest, ranges: Sequence[tuple[int, int]]) -> None:
+        """Have ranges of a layer's data brought soon (``store.lazy_pull.Filling``)."""
+        await self._ask(Prefetch(diff_id, tuple(ranges)))
+
+    async def status(self) -> Report:
+        """How the server is. Raises LayerServerFailed."""
+        answer = await self._ask(Status())
+        assert isinstance(answer, Report)
+        return answer
+
+    async def _ask(self, request: Request) -> Answer:
+        deadline = trio.current_time() + _START_SECONDS
+        while True:
+            try:
+                answer = await self._exchange(request)
+            except (OSError, trio.BrokenResourceError, EOFError) as error:
+                # It is being started, or has died over this and will be started again.
+                if trio.current_time() > deadline:
+                    raise LayerServerFailed(
+                        f"the layer server does not answer ({error}); see the daemon's log"
+                    ) from None
+                await trio.sleep(_POLL_SECONDS)
+                continue
+            if isinstance(answer, Failure):
+                raise LayerServerFailed(answer.sentence, errno=answer.errno)
+            return answer
+
+    async def _exchange(self, request: Request) -> Answer:
+        async with self._connect() as stream:
+            await stream.send_all(protocol.encode(request))
+            data = bytearray()
+            while not data.endswith(b"\n"):
+                piece = await stream.receive_some(1 << 16)
+                if not piece:
+                    raise EOFError("it hung up")
+                data += piece
+        return protocol.decode_answer(bytes(data))
+
+    def _connect(self) -> trio.SocketStream:
+        # Connecting a Unix socket does not wait for the other side.
+        connection = protocol.connect(self._run)
+        return trio.SocketStream(trio.socket.from_stdlib_socket(connection))
+
+    # --- the server's life -------------------------------------------------------------
+
+    async def follow(self, heard: Callable[[News], None], restarted: Callable[[], None]) -> None:
+        """Keep a server running until cancelled.
+
+        Args:
+            heard: called with each of its news.
+            restarted: called after one that had died was replaced.
+        """
+        (self._run / protocol.CONFIG).write_bytes(msgspec.json.encode(self._config))
+        (self._run / protocol.CONFIG).chmod(0o600)
+        listening = await self._listening()
+        await self._ask(Configure(self._config))  # for one that was here before this daemon
+        if self._process is not None:
+            restarted()
+        while True:
+            await self._hold()
+            await self._hear(listening, heard)
+            log.warning("the layer server has died; it is started again")
+            listening = await self._listening()
+            restarted()
+
+    async def _hold(self) -> None:
+        """Hold the group of events that readers wait for, so that it outlives the server, and
+        the monitors of containers can hold it as well."""
+        if self.held:
+            return
+        name = group_name(self._run)
+        for pid in await trio.to_thread.run_sync(keeper.find, name):
+            taken = await trio.to_thread.run_sync(keeper.take, pid, name)
+            if taken is not None:
+                self.held = taken
+                return
+
+    async def _listening(self) -> trio.SocketStream:
+        """A connection that brings news, of a server that is started if there is none."""
+        deadline = trio.current_time() + _START_SECONDS
+        while True:
+            try:
+                stream = self._connect()
+                # One that is dying may still take connections, but answers none.
+                with trio.fail_after(_GREETING_SECONDS):
+                    await stream.send_all(protocol.encode(Listen()))
+                    if await stream.receive_some(len(_GREETING)) == _GREETING:
+                        return stream
+                await stream.aclose()
+            except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
+                if self._process is None or self._process.poll() is not None:
+                    self._process = await trio.to_thread.run_sync(self._start)
+                elif trio.current_time() > deadline:
+                    log.error("the layer server does not come up: %s", error)
+                    deadline += _START_SECONDS
+            await trio.sleep(_POLL_SECONDS)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # signals from a terminal are for the daemon
+        )
+
+    @staticmethod
+    async def _hear(stream: trio.SocketStream, heard: Callable[[News], None]) -> None:
+        """Pass news on until the server ends."""
+        rest = b""
+        async with stream:
+            while True:
+                try:
+                    piece = await stream.receive_some(1 << 16)
+                except trio.BrokenResourceError:
+                    return
+                if not piece:
+                    return
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    heard(protocol.decode_news(line))
+
+    async def end(self) -> None:
+        """Let the server end, and wait until it has, unless layers are in use."""
+        try:
+            answer = await self._exchange(End())
+            if isinstance(answer, Failure):
+                log.info("%s", answer.sentence)
+                return
+        except (OSError, trio.BrokenResourceError, EOFError):
+            if self._process is None:
+                return
+            self._process.terminate()  # it has not come up yet
+        await trio.to_thread.run_sync(self._wait)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + _END_SECONDS
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_SECONDS)
+                rundir.tidy(self._run)
+        while (self._run / protocol.PID_FILE).exists() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)

@@ -1,0 +1,37 @@
+"""From a layer of which everything is here to one that needs no registry any more."""
+
+import logging
+import threading
+
+from store.cas import Cas
+from store.errors import DigestMismatch, InvalidLayer
+from store.fetcher import Fetcher
+from store.transfer import interruptible
+
+log = logging.getLogger(__name__)
+
+
+async def complete(fetcher: Fetcher, cas: Cas) -> None:
+    """Verify the whole blob and what it unpacks to, and move it to the store's content.
+
+    Afterwards the layer is ``complete``, or ``fetcher.refused`` says why it never will be, or
+    some of it is missing again.
+
+    Raises:
+        StorageFailed: the disk failed.
+        PullCancelled: the caller was cancelled.
+    """
+    cancelled = threading.Event()
+    layer = fetcher.layer
+    try:
+        await interruptible(lambda: layer.verify(cancelled.is_set), cancelled.set)
+        await interruptible(lambda: layer.finish(cas), lambda: None)
+    except (DigestMismatch, InvalidLayer) as error:
+        # Each content has been verified by its own digest; what lies between has not, and
+        # comes once more before the blob is given up.
+        if not fetcher.doubted and layer.forget_unverified():
+            fetcher.doubted = True
+            log.warning("%s; what had no digest of its own is fetched again", error.sentence)
+            return
+        layer.refuse(error.sentence)
+        fetcher.refused = error.sentence

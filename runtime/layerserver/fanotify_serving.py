@@ -1,0 +1,173 @@
+"""Serving with fanotify: the data file itself is the device, and reads of it wait for contents.
+
+The kernel asks before each read of a marked file (runtime/fanotify.py), and the answer is given
+when the bytes are in the file. A layer that is complete loses its mark, and even those who have
+it mounted need this process no more.
+
+The group of events is held by a keeper and by the monitors of containers as well, so this
+process may be killed: readers wait for the next one.
+"""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import trio
+
+from runtime import keeper, linux
+from runtime.fanotify import Event, FileId, PreContentGroup, open_unwatched
+from runtime.layerserver.protocol import Device
+from store.errors import StoreError
+from store.fetcher import Fetcher
+
+log = logging.getLogger(__name__)
+
+# Readers that wait at once, each with a descriptor; more wait for these.
+_SLOTS = 600
+
+
+def group_name(run: Path) -> str:
+    """What the group of a run directory's layers is called among all processes."""
+    return f"ctrfs-{hashlib.sha256(os.fsencode(run)).hexdigest()[:16]}"
+
+
+def find_group(run: Path) -> PreContentGroup | None:
+    """The group of a server before, from whoever holds it. Blocks shortly.
+
+    Raises:
+        EventsTaken: another server has it.
+        Unsupported: another version of this program made it.
+    """
+    name = group_name(run)
+    for pid in keeper.find(name):
+        taken = keeper.take(pid, name)
+        if taken is not None:
+            return PreContentGroup.adopt(*taken)
+    return None
+
+
+class FanotifyServing:
+    """Serves layers by their data files; see ``Serving``.
+
+    Args:
+        run: the server's run directory.
+
+    Raises:
+        OSError, Unsupported: the kernel can't.
+    """
+
+    name = "fanotify"
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._mounts = run / "layers"
+        self._fetchers: dict[FileId, Fetcher] = {}
+        self._room = trio.Event()
+        found = find_group(run)
+        self._is_new = found is None
+        self._group = found or PreContentGroup.create(_SLOTS, group_name(run))
+        if not keeper.find(group_name(run)):
+            keeper.start(self._group)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a layer is mounted that is not complete."""
+        return self._any_incomplete and self._any_mounted()
+
+    @property
+    def _any_incomplete(self) -> bool:
+        return any(not fetcher.layer.complete for fetcher in self._fetchers.values())
+
+    def _any_mounted(self) -> bool:
+        mounts = (mount for mount in linux.mounts() if mount.fstype == "erofs")
+        return any(Path(mount.target).parent == self._mounts for mount in mounts)
+
+    def unguarded(self) -> list[Fetcher]:
+        """The layers that were mounted while nobody held the group: all holders were killed.
+
+        Which layer a mount is of cannot be seen, so if anything is mounted it is all.
+        """
+        if not self._is_new or not self._any_mounted():
+            return []
+        return [fetcher for fetcher in self._fetchers.values() if not fetcher.layer.complete]
+
+    def open_data(self, path: Path) -> int:
+        """A descriptor that raises no events."""
+        return open_unwatched(path)
+
+    def add(self, fetcher: Fetcher) -> None:
+        """Mark the layer's file, before anybody mounts it."""
+        status = os.fstat(fetcher.layer.data_fd)
+        self._fetchers[FileId(status.st_dev, status.st_ino)] = fetcher
+        self._group.mark(fetcher.layer.data_fd)
+
+    def completed(self, fetcher: Fetcher) -> None:
+        """Take the mark away: the file is like any other now."""
+        self._group.unmark(fetcher.layer.data_fd)
+
+    def device(self, fetcher: Fetcher) -> Device:
+        """The data file."""
+        return Device(str(fetcher.layer.directory / "data"), served=False)
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Answer events until cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for event in self._group.pending():
+                    nursery.start_soon(self._handle, event)
+                task_status.started()
+                while True:
+                    await trio.lowlevel.wait_readable(self._group.fd)
+                    await self._take(nursery)
+        finally:
+            self._close()
+
+    async def _take(self, nursery: trio.Nursery) -> None:
+        while (event := self._group.next_event()) is not None:
+            fetcher = self._fetchers.get(event.file) if event.file else None
+            if fetcher is not None and not _missing(fetcher, event):
+                self._group.answer(event)
+            else:
+                nursery.start_soon(self._handle, event)
+        if not self._group.has_room:
+            self._room = trio.Event()
+            await self._room.wait()
+
+    async def _handle(self, event: Event) -> None:
+        """Bring what a reader waits for; one whose file a predecessor could not record may wait
+        for any."""
+        wanted = list(self._fetchers.values())
+        if event.file is not None:
+            found = self._fetchers.get(event.file)
+            wanted = [found] if found else []
+        try:
+            if not wanted:
+                raise StoreError("somebody reads a layer that is not known")
+            for fetcher in wanted:
+                await fetcher.need(_spans(fetcher, event))
+        except (StoreError, OSError) as error:
+            log.info("a read of a layer fails: %s", error)
+            self._group.refuse(event)
+        else:
+            self._group.answer(event)
+        self._room.set()
+
+    def _close(self) -> None:
+        if not self.in_use:
+            keeper.stop(group_name(self._run))
+        self._group.close()
+
+
+def _range(fetcher: Fetcher, event: Event) -> tuple[int, int]:
+    # A read may ask for more than there is; one of nothing is about its first byte.
+    length = min(max(event.count, 1), fetcher.layer.size - event.offset)
+    return event.offset, max(length, 0)
+
+
+def _missing(fetcher: Fetcher, event: Event) -> bool:
+    return not fetcher.layer.complete and bool(fetcher.layer.missing(*_range(fetcher, event)))
+
+
+def _spans(fetcher: Fetcher, event: Event) -> range:
+    return fetcher.layer.table.spans_for(*_range(fetcher, event))

@@ -1,0 +1,106 @@
+"""Bringing the rest of all layers here while no reader waits, and verifying whole ones."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+
+import trio
+
+from store.errors import StoreError
+from store.fetcher import Fetcher, Slots
+
+log = logging.getLogger(__name__)
+
+# Readers come in bursts: who has read a moment ago will read again, and a program that starts
+# pauses to compute. What it needs first must not have to share the line, nor the processor.
+_QUIET_SECONDS = 1.0
+# A request that a reader has to share the line with should last no longer than this …
+_REQUEST_SECONDS = 0.25
+# … within these sizes: below, requests cost more than bytes; above, nothing is gained.
+_LEAST, _MOST = 256 << 10, 8 << 20
+# After a failure: the registry is away, and nobody waits.
+_RETRY_SECONDS = 5.0
+
+
+class Filler:
+    """Fills layers one after another.
+
+    Args:
+        fetchers: the layers, asked anew each time.
+        slots: tells whether readers wait.
+        complete: called for a layer of which everything is here.
+
+    Attributes:
+        fill: whether to fetch; whole layers are completed in any case.
+        rate: bytes a second at most, or None.
+    """
+
+    def __init__(
+        self,
+        fetchers: Callable[[], Iterable[Fetcher]],
+        slots: Slots,
+        complete: Callable[[Fetcher], Awaitable[None]],
+    ) -> None:
+        self.fill = True
+        self.rate: int | None = None
+        self._fetchers = fetchers
+        self._slots = slots
+        self._complete = complete
+        self._limiter = trio.CapacityLimiter(1)
+        self._length = _LEAST
+        self._resting: dict[Fetcher, float] = {}
+        self._changed = trio.Event()
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Fill and complete until cancelled."""
+        while True:
+            fetcher = self._choose()
+            if fetcher is None:
+                self._changed = trio.Event()
+                with trio.move_on_after(_RETRY_SECONDS):
+                    await self._changed.wait()
+            elif (idle := self._slots.idle_for()) < _QUIET_SECONDS:
+                await trio.sleep(_QUIET_SECONDS - idle)
+            elif fetcher.layer.whole:
+                await self._complete(fetcher)
+            else:
+                await self._step(fetcher)
+
+    def _choose(self) -> Fetcher | None:
+        """The next layer that lacks something and did not fail just now."""
+        now = trio.current_time()
+        for fetcher in self._fetchers():
+            if fetcher.layer.complete or fetcher.refused:
+                continue
+            if fetcher.layer.whole or (self.fill and self._resting.get(fetcher, now) <= now):
+                return fetcher
+        return None
+
+    async def _step(self, fetcher: Fetcher) -> None:
+        begin = time.monotonic()
+        try:
+            count = await self._bring(fetcher)
+        except StoreError as error:
+            log.info("filling %s: %s", fetcher.layer.diff_id, error.sentence)
+            self._resting[fetcher] = trio.current_time() + _RETRY_SECONDS
+            return
+        seconds = time.monotonic() - begin
+        wanted = count / max(seconds, 0.001) * _REQUEST_SECONDS
+        self._length = int(max(_LEAST, min(_MOST, wanted, 2 * self._length)))
+        if self.rate:
+            await trio.sleep(max(0.0, count / self.rate - seconds))
+
+    async def _bring(self, fetcher: Fetcher) -> int:
+        """Fetch the next missing bytes; how many they were."""
+        layer, table = fetcher.layer, fetcher.layer.table
+        first = layer.next_absent(0)
+        start = table.range_of(first)[0]
+        length = min(self._length, self.rate or self._length)
+        stop = table.span_at(min(start + length, table.blob_size) - 1) + 1
+        stop = min(stop, layer.next_present(first))
+        await fetcher.bring(range(first, stop), self._limiter)
+        return table.range_of(stop - 1)[1] - start

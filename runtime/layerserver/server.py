@@ -1,0 +1,388 @@
+"""The layer server: one process that fetches what is missing of layers, for all who read them.
+
+It knows the layers by the store's files alone, so it can be killed at any time and begin
+again. It lives as long as a daemon listens to it or a mount has a layer open.
+"""
+
+import errno
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+
+from runtime import fanotify
+from runtime.errors import Unsupported
+from runtime.layerserver import protocol, rundir
+from runtime.layerserver.completion import complete
+from runtime.layerserver.fanotify_serving import FanotifyServing
+from runtime.layerserver.fill import Filler
+from runtime.layerserver.fuse import FuseServing
+from runtime.layerserver.protocol import (
+    Answer,
+    Configure,
+    Device,
+    Done,
+    End,
+    Failure,
+    Fetch,
+    Listen,
+    News,
+    Open,
+    Prefetch,
+    Ranges,
+    Report,
+    Request,
+    Status,
+)
+from runtime.layerserver.serving import Serving
+from store import lazy
+from store.cas import Cas, Digest, parse_digest
+from store.config import StoreConfig
+from store.errors import (
+    BlobNotFound,
+    CorruptContent,
+    CtrfsError,
+    DigestMismatch,
+    PullCancelled,
+    StorageFailed,
+    StoreError,
+)
+from store.fetcher import Fetcher, Slots
+from store.lazy import LazyLayer
+from store.lender import Lender
+from store.oci_layout import Layout
+from store.reference import LayoutSource, parse_source
+from store.registry import Registry
+from store.source import Source
+
+log = logging.getLogger(__name__)
+
+# A daemon that was killed comes back sooner; else nobody needs this process.
+_GRACE_SECONDS = 10.0
+_MAX_REQUEST = 16 << 20
+# Spans asked for at once where all of a layer is wanted.
+_BATCH = 500
+
+
+class LayersInUse(CtrfsError):
+    """Some mount has a layer open."""
+
+    errno = errno.EBUSY
+
+
+class LayerServer:
+    """Everything of one server.
+
+    Args:
+        root: the store's directory.
+        run: where socket and devices are; for this process and its daemon alone.
+        config: the store's settings.
+    """
+
+    def __init__(self, root: Path, run: Path, config: StoreConfig) -> None:
+        self._layers = root / "layers"
+        self._run = run
+        self._cas = Cas(root, guest=True)
+        self._fetchers: dict[Digest, Fetcher] = {}
+        self._serving, self._why = _choose(root, run, config, self._by_name)
+        self._lender = Lender(self._layers, self._cas, self._lazy_layer)
+        self._listeners: set[trio.MemorySendChannel[News]] = set()
+        self._configure(config)
+
+    def _configure(self, config: StoreConfig) -> None:
+        """New settings count for layers that are opened from now on."""
+        self._config = config
+        self._slots = Slots(config.lazy.requests)
+        self._filler = Filler(lambda: list(self._fetchers.values()), self._slots, self._finish)
+        self._filler.fill = config.lazy.fill
+        self._filler.rate = config.lazy.fill_rate
+
+    async def run(self) -> None:
+        """Serve until nobody needs it.
+
+        Raises:
+            StoreInUse: another server has the directory.
+        """
+        with rundir.claimed(self._run):
+            try:
+                async with trio.open_nursery() as self._nursery:
+                    self._nursery.start_soon(self._end_on_signal)
+                    await self._load()
+                    self._lost = [f.layer.diff_id for f in self._serving.unguarded()]
+                    await self._nursery.start(self._serve)
+                    self._nursery.start_soon(self._filler.run)
+                    await self._nursery.start(self._serve_requests)
+                    await self._until_unneeded()
+                    self._nursery.cancel_scope.cancel()
+            finally:
+                self._lender.close()
+                rundir.tidy(self._run)
+
+    async def _serve(self, *, task_status: trio.TaskStatus[None]) -> None:
+        await self._serving.run(task_status=task_status)
+        self._nursery.cancel_scope.cancel()
+
+    async def _end_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                self._nursery.cancel_scope.cancel()
+
+    async def _until_unneeded(self) -> None:
+        needed = trio.current_time()
+        while trio.current_time() - needed < _GRACE_SECONDS:
+            if self._listeners or self._serving.in_use:
+                needed = trio.current_time()
+            await trio.sleep(0.1)
+
+    async def _end(self) -> None:
+        await trio.lowlevel.checkpoint()  # after the answer
+        self._nursery.cancel_scope.cancel()
+
+    def _by_name(self, name: str) -> Fetcher | None:
+        return self._fetchers.get(Digest(f"sha256:{name}"))
+
+    def _lazy_layer(self, name: str) -> LazyLayer | None:
+        fetcher = self._by_name(name)
+        return fetcher.layer if fetcher else None
+
+    # --- layers ------------------------------------------------------------------------
+
+    async def _load(self) -> None:
+        """Go on with all layers that are incomplete."""
+        for path in sorted(self._layers.glob("*/present")):
+            try:
+                await self._open(parse_digest(f"sha256:{path.parent.name}"))
+            except CtrfsError as error:
+                log.error("the layer in %s can't be served: %s", path.parent, error.sentence)
+
+    async def _open(self, diff_id: Digest) -> Fetcher | None:
+        """The fetcher of a layer; None if the layer is complete.
+
+        Raises:
+            StoreError: it can't be served.
+        """
+        directory = self._layers / diff_id.removeprefix("sha256:")
+        known = self._fetchers.get(diff_id)
+        if known is not None:
+            if known.layer.is_in(directory):
+                return known
+            del self._fetchers[diff_id]
+            if lazy.is_complete(directory):
+                return None
+        if not directory.is_dir():
+            raise BlobNotFound(f"the layer {diff_id} is not here; pull the image again")
+        if await trio.to_thread.run_sync(lazy.settle, directory, self._cas):
+            return None
+        layer = await trio.to_thread.run_sync(
+            LazyLayer, directory, diff_id, self._serving.open_data
+        )
+        fetcher = Fetcher(
+            layer,
+            self._source(layer),
+            self._nursery,
+            self._slots,
+            self._lender,
+            self._config.lazy,
+            self._failed,
+            self._filler.wake,
+        )
+        fetcher.refused = lazy.refusal(directory)
+        # Another task may have been faster.
+        known = self._fetchers.setdefault(diff_id, fetcher)
+        if known is fetcher:
+            self._serving.add(fetcher)
+            self._nursery.start_soon(self._begin, fetcher)
+        else:
+            layer.close()
+        self._slots.used()  # who had it opened will read it
+        self._filler.wake()
+        return known
+
+    async def _begin(self, fetcher: Fetcher) -> None:
+        """What a layer wants first is fetched, and others may borrow from it."""
+        layer = fetcher.layer
+        if end := layer.table.prefetch_end:
+            await self._prefetch(fetcher, [range(layer.table.span_at(end - 1) + 1)])
+        await trio.to_thread.run_sync(self._lender.add, layer)
+
+    def _source(self, layer: LazyLayer) -> Source:
+        described = parse_source(layer.record.sources[0])
+        if isinstance(described, LayoutSource):
+            return Layout(described, self._config.limits)
+        return Registry(described.reference, self._config)
+
+    async def _prefetch(self, fetcher: Fetcher, wanted: list[range]) -> None:
+        try:
+            for spans in wanted:
+                await fetcher.bring(spans, self._slots.readers)
+        except StoreError as error:
+            log.info("fetching what is wanted first of %s: %s", fetcher.layer.diff_id, error)
+
+    async def _finish(self, fetcher: Fetcher) -> None:
+        diff_id = fetcher.layer.diff_id
+        try:
+            await complete(fetcher, self._cas)
+        except (StorageFailed, OSError) as error:
+            log.error("the layer %s can't be completed: %s", diff_id, error)
+            await trio.sleep(_GRACE_SECONDS)
+        except PullCancelled:
+            return
+        if fetcher.layer.complete:
+            self._serving.completed(fetcher)
+            self._tell(News("complete", diff_id))
+        elif fetcher.refused:
+            log.error("the layer %s: %s", diff_id, fetcher.refused)
+            self._tell(News("refused", diff_id, fetcher.refused))
+
+    def _failed(self, diff_id: Digest, error: StoreError) -> None:
+        kind: protocol.Kind = "attack" if isinstance(error, DigestMismatch) else "failed"
+        log.log(logging.ERROR if kind == "attack" else logging.WARNING, "%s", error.sentence)
+        self._tell(News(kind, diff_id, error.sentence, error.errno))
+
+    def _tell(self, news: News) -> None:
+        for listener in list(self._listeners):
+            with suppress(trio.WouldBlock, trio.BrokenResourceError):
+                listener.send_nowait(news)
+
+    # --- requests ----------------------------------------------------------------------
+
+    async def _serve_requests(
+        self, task_status: trio.TaskStatus[list[trio.SocketListener]]
+    ) -> None:
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(rundir.listening(self._run)))
+        await trio.serve_listeners(
+            self._converse, [listener], handler_nursery=self._nursery, task_status=task_status
+        )
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async with stream:
+                line = await _line(stream)
+                if not line:
+                    return
+                request = protocol.decode_request(line)
+                if isinstance(request, Listen):
+                    await self._send_news(stream)
+                else:
+                    await stream.send_all(protocol.encode(await self._answer(request)))
+
+    async def _send_news(self, stream: trio.SocketStream) -> None:
+        send, receive = trio.open_memory_channel[News](1000)
+        self._listeners.add(send)
+        try:
+            await stream.send_all(protocol.encode(Done()))
+            lost, self._lost = self._lost, []
+            for diff_id in lost:
+                await stream.send_all(protocol.encode(News("lost", diff_id)))
+            async with trio.open_nursery() as nursery:
+
+                async def watch() -> None:
+                    await stream.receive_some(1)  # the listener is gone
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(watch)
+                async for news in receive:
+                    await stream.send_all(protocol.encode(news))
+        finally:
+            self._listeners.discard(send)
+
+    async def _answer(self, request: Request) -> Answer:
+        try:
+            match request:
+                case Open(diff_id):
+                    return await self._device(parse_digest(diff_id))
+                case Fetch(diff_id, ranges):
+                    await self._fetch(parse_digest(diff_id), ranges)
+                case Prefetch(diff_id, ranges):
+                    fetcher = await self._open(parse_digest(diff_id))
+                    if fetcher is not None:
+                        spans = _spans(fetcher, ranges)
+                        self._nursery.start_soon(self._prefetch, fetcher, spans)
+                case Configure(config):
+                    self._filler.fill = config.lazy.fill
+                    self._filler.rate = config.lazy.fill_rate
+                    self._config = config
+                case End():
+                    if self._serving.in_use:
+                        raise LayersInUse("layers are in use, so their server goes on")
+                    self._nursery.start_soon(self._end)
+                case Status():
+                    return self._report()
+                case Listen():
+                    raise AssertionError("answered elsewhere")
+        except CtrfsError as error:
+            return Failure(error.sentence, error.errno)
+        except OSError as error:
+            return Failure(f"the layer server failed: {error}", error.errno or errno.EIO)
+        return Done()
+
+    async def _device(self, diff_id: Digest) -> Device:
+        fetcher = await self._open(diff_id)
+        if fetcher is None or fetcher.layer.complete:
+            name = diff_id.removeprefix("sha256:")
+            return Device(str(self._layers / name / "data"), served=False)
+        return self._serving.device(fetcher)
+
+    async def _fetch(self, diff_id: Digest, ranges: Ranges | None) -> None:
+        fetcher = await self._open(diff_id)
+        if fetcher is None or fetcher.layer.complete:
+            return
+        layer = fetcher.layer
+        if ranges is not None:
+            for spans in _spans(fetcher, ranges):
+                await fetcher.need(spans)
+            return
+        while not layer.whole:
+            first = layer.next_absent(0)
+            stop = min(layer.next_present(first), first + _BATCH)
+            await fetcher.need(range(first, stop))
+        while not layer.complete:
+            if fetcher.refused:
+                raise CorruptContent(fetcher.refused)
+            await trio.sleep(0.01)
+
+    def _report(self) -> Report:
+        layers: dict[str, tuple[int, int]] = {
+            diff_id: (fetcher.layer.fetched, fetcher.layer.record.blob.size)
+            for diff_id, fetcher in self._fetchers.items()
+        }
+        return Report(os.getpid(), self._serving.name, self._why, layers)
+
+
+def _choose(
+    root: Path, run: Path, config: StoreConfig, find: Callable[[str], Fetcher | None]
+) -> tuple[Serving, str]:
+    """How to serve, and why not in the better way.
+
+    Raises:
+        Unsupported: the way that is configured is impossible here.
+    """
+    method = config.lazy.method
+    if method == "fuse":
+        return FuseServing(run, find), "the configuration says fuse"
+    why = fanotify.available(root)
+    if why is None:
+        return FanotifyServing(run), ""
+    if method == "fanotify":
+        raise Unsupported(f"layers can't be served with fanotify: {why}")
+    return FuseServing(run, find), why
+
+
+def _spans(fetcher: Fetcher, ranges: Ranges) -> list[range]:
+    found = (fetcher.layer.table.spans_for(offset, length) for offset, length in ranges)
+    return [spans for spans in found if spans]
+
+
+async def _line(stream: trio.SocketStream) -> bytes:
+    """One line, or nothing if there is none within bounds."""
+    data = b""
+    while not data.endswith(b"\n"):
+        piece = await stream.receive_some(1 << 16)
+        data += piece
+        if not piece or len(data) > _MAX_REQUEST:
+            return b""
+    return data

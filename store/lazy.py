@@ -1,0 +1,406 @@
+"""A layer that is not all here: what of it has come, and taking in more.
+
+Beside the files of every layer (layers.py), the directory of an incomplete one has
+
+    spans      where its contents come from (spans.py); stays when the layer is complete
+    lazy.json  a LazyRecord: the blob, and where it can be had; stays as well
+    present    which spans are here. Its absence says that the layer is complete
+    blob       the registry's bytes, with holes; moves to the store's content at the end
+    refused    why the whole blob turned out to be wrong; the layer can't be used then
+
+``data`` has its full size from the start, and holes. A span counts as present after its
+bytes, verified, are in ``data`` and in ``blob``. That order is kept by the page cache when a
+process is killed; after the machine went down without notice, what ``present`` claims is
+verified again.
+
+``present``, little endian: magic ``ctrfspre``, 16 bytes of the boot's id, u64 bytes of the
+blob that are here; then one byte for each span: 0 missing, 1 here, 2 here from another layer's
+blob.
+"""
+
+import hashlib
+import logging
+import mmap
+import os
+import struct
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from store.cas import CHUNK, Cas, Digest, sync_directory
+from store.errors import (
+    CorruptContent,
+    DigestMismatch,
+    InvalidLayer,
+    PullCancelled,
+    storage,
+)
+from store.inflate import ChunkReader, inflated
+from store.manifest import Descriptor
+from store.span_inflate import inflate_pieces
+from store.spans import SpanTable
+
+log = logging.getLogger(__name__)
+
+MAGIC = b"ctrfspre"
+_HEAD = struct.Struct("<8s16sQ")
+
+# What ``present`` says of a span that is here.
+_HERE, _BORROWED = 1, 2
+
+_PRESENT = "present"
+_REFUSED = "refused"
+_INFLATED = 1 << 20
+
+
+class LazyRecord(msgspec.Struct, frozen=True):
+    """``lazy.json``: the layer's blob, and images that it is a part of (as ``Image.source``)."""
+
+    blob: Descriptor
+    sources: tuple[str, ...]
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether all of the layer in this directory is here."""
+    return not (directory / _PRESENT).exists()
+
+
+def refusal(directory: Path) -> str:
+    """Why the layer can't be used, or an empty string."""
+    with suppress(FileNotFoundError):
+        return (directory / _REFUSED).read_text()
+    return ""
+
+
+def fetched(directory: Path) -> int | None:
+    """Bytes of an incomplete layer's blob that are here; None when it is complete."""
+    with suppress(FileNotFoundError), (directory / _PRESENT).open("rb") as file:
+        head = file.read(_HEAD.size)
+        if len(head) == _HEAD.size:
+            return int(_HEAD.unpack(head)[2])
+    return None
+
+
+def read_record(directory: Path) -> LazyRecord:
+    """Where the layer's blob comes from.
+
+    Raises:
+        CorruptContent: the file is missing or damaged.
+    """
+    try:
+        return msgspec.json.decode((directory / "lazy.json").read_bytes(), type=LazyRecord)
+    except (msgspec.MsgspecError, FileNotFoundError) as error:
+        raise CorruptContent(
+            f"{directory}/lazy.json is missing or damaged ({error}); pull the image again"
+        ) from None
+
+
+def prepare(
+    directory: Path, record: LazyRecord, data_size: int, known: Sequence[tuple[int, bytes]]
+) -> None:
+    """Make the files of an incomplete layer, whose ``spans`` are written already.
+
+    Args:
+        data_size: of the data file, in bytes.
+        known: parts of the blob that were read on the way here, with their offsets.
+    """
+    (directory / "lazy.json").write_bytes(msgspec.json.encode(record))
+    with (directory / "data").open("xb") as data:
+        data.truncate(data_size)
+    with (directory / "blob").open("xb") as blob:
+        blob.truncate(record.blob.size)
+        for offset, piece in known:
+            os.pwrite(blob.fileno(), piece, offset)
+    table = SpanTable(directory / "spans")
+    try:
+        present = bytearray(table.spans)
+        total = 0
+        for number in range(table.spans):
+            # What came before or after the contents, as a table of contents at the end.
+            if table.span(number).count == 0 and _covered(table.range_of(number), known):
+                present[number] = 1
+                total += table.range_of(number)[1] - table.range_of(number)[0]
+    finally:
+        table.close()
+    (directory / _PRESENT).write_bytes(_HEAD.pack(MAGIC, _boot_id(), total) + present)
+
+
+def _covered(span: tuple[int, int], known: Sequence[tuple[int, bytes]]) -> bool:
+    start, end = span
+    for offset, piece in sorted(known):
+        if offset <= start < offset + len(piece):
+            start = offset + len(piece)
+    return start >= end
+
+
+def _boot_id() -> bytes:
+    return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+class LazyLayer:
+    """An incomplete layer, open. One process at a time; safe to use from several threads.
+
+    Args:
+        directory: the layer's.
+        diff_id: the layer's.
+        open_data: gives a descriptor of the data file for reading and writing.
+
+    Attributes:
+        complete: all of it is here and verified.
+        data_fd: that descriptor.
+        record, table: see the head of the module.
+
+    Raises:
+        CorruptContent: a file is missing or damaged.
+    """
+
+    def __init__(
+        self, directory: Path, diff_id: Digest, open_data: Callable[[Path], int] = _open
+    ) -> None:
+        self.directory = directory
+        self.diff_id = diff_id
+        self.record = read_record(directory)
+        self.table = SpanTable(directory / "spans")
+        self.complete = False
+        self._lock = threading.Lock()
+        with storage(f"opening the layer in {directory}"):
+            self.data_fd = open_data(directory / "data")
+            self._blob = _open(directory / "blob")
+            with (directory / _PRESENT).open("r+b") as file:
+                self.identity = os.fstat(file.fileno()).st_ino
+                self._present = mmap.mmap(file.fileno(), 0)
+        if len(self._present) != _HEAD.size + self.table.spans or self._present[:8] != MAGIC:
+            raise CorruptContent(f"{directory}/present is damaged; pull the image again")
+        if self._present[8:24] != _boot_id():
+            self._recheck()
+        self._left = self._present[_HEAD.size :].count(0)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the data file."""
+        return self.table.data_size
+
+    @property
+    def fetched(self) -> int:
+        """Bytes of the blob that are here."""
+        count: int = _HEAD.unpack_from(self._present, 0)[2]
+        return count
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing; it may not be verified yet."""
+        return self._left == 0
+
+    def has(self, number: int) -> bool:
+        """Whether a span is here."""
+        return bool(self._present[_HEAD.size + number])
+
+    def next_absent(self, number: int) -> int:
+        """The first span from ``number`` on that is not here; the number of spans if none is."""
+        at = self._present.find(b"\0", _HEAD.size + number)
+        return self.table.spans if at < 0 else at - _HEAD.size
+
+    def next_present(self, number: int) -> int:
+        """The first span from ``number`` on that is here; the number of spans if none is."""
+        while number < self.table.spans and not self.has(number):
+            number += 1
+        return number
+
+    def missing(self, offset: int, length: int) -> list[int]:
+        """The spans that bytes of the data file come from and that are not here."""
+        return [n for n in self.table.spans_for(offset, length) if not self.has(n)]
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the data file, whose spans must be here."""
+        return os.pread(self.data_fd, length, offset)
+
+    def is_in(self, directory: Path) -> bool:
+        """Whether the directory still holds this very layer, incomplete."""
+        with suppress(FileNotFoundError):
+            return (directory / _PRESENT).stat().st_ino == self.identity
+        return self.complete and directory.exists()
+
+    # --- taking in ---------------------------------------------------------------------
+
+    def read_blob(self, number: int) -> bytes | None:
+        """The bytes of a span as the registry sent them; None if it did not."""
+        if self._present[_HEAD.size + number] != _HERE:
+            return None
+        start, end = self.table.range_of(number)
+        return os.pread(self._blob, end - start, start)
+
+    def take(self, number: int, blob: memoryview, *, borrowed: bool = False) -> None:
+        """Verify a span's bytes and keep them.
+
+        Args:
+            borrowed: they come from another blob.
+
+        Raises:
+            DigestMismatch: they are wrong; nothing was kept.
+            StorageFailed: the disk is full or failed.
+        """
+        if self.has(number):
+            return
+        contents = list(inflate_pieces(self.table, number, blob))
+        with storage(f"writing the layer in {self.directory}"):
+            for piece, content in contents:
+                _write(self.data_fd, content, piece.target)
+        self.take_raw(self.table.range_of(number)[0], blob)
+        self.arrived(number, _BORROWED if borrowed else _HERE)
+
+    def take_raw(self, offset: int, piece: memoryview) -> None:
+        """Keep bytes of the blob that nobody reads before the layer is complete."""
+        with storage(f"writing the layer in {self.directory}"):
+            _write(self._blob, piece, offset)
+
+    def arrived(self, number: int, how: int = _HERE) -> None:
+        """All bytes of a span are kept."""
+        start, end = self.table.range_of(number)
+        with self._lock:
+            if not self.has(number):
+                # The sum first: a process that dies in between leaves one that is too high by
+                # one span, which only a percentage shows.
+                struct.pack_into("<Q", self._present, 24, self.fetched + end - start)
+                self._present[_HEAD.size + number] = how
+                self._left -= 1
+
+    def forget(self, number: int) -> None:
+        """A span has to come again."""
+        start, end = self.table.range_of(number)
+        with self._lock:
+            if self.has(number):
+                self._present[_HEAD.size + number] = 0
+                struct.pack_into("<Q", self._present, 24, self.fetched - (end - start))
+                self._left += 1
+
+    def _recheck(self) -> None:
+        """After a power cut: what was verified may never have reached the disk."""
+        log.info("verifying what is here of %s after a restart of the machine", self.diff_id)
+        self._left = self._present[_HEAD.size :].count(0)
+        for number in range(self.table.spans):
+            if not self.has(number):
+                continue
+            start, end = self.table.range_of(number)
+            self.forget(number)
+            if self.table.span(number).count:
+                # What holds no contents can't be verified alone, and is short.
+                with suppress(DigestMismatch):
+                    self.take(number, memoryview(os.pread(self._blob, end - start, start)))
+        os.fsync(self.data_fd)
+        os.fsync(self._blob)
+        self._present[8:24] = _boot_id()
+
+    # --- the end -----------------------------------------------------------------------
+
+    def verify(self, cancelled: Callable[[], bool]) -> None:
+        """Check the whole blob against its digest, and what it unpacks to against the diff_id.
+
+        Raises:
+            DigestMismatch, InvalidLayer: one of them is wrong.
+            PullCancelled: ``cancelled()`` returned true.
+        """
+        blob, archive = hashlib.sha256(), hashlib.sha256()
+        with open(os.dup(self._blob), "rb", buffering=0) as file:
+            file.seek(0)
+
+            def chunks() -> Iterator[bytes]:
+                while chunk := file.read(CHUNK):
+                    if cancelled():
+                        raise PullCancelled("the layer is not verified yet")
+                    blob.update(chunk)
+                    yield chunk
+
+            source = ChunkReader(chunks())
+            reader = inflated(source, self.record.blob.media_type)
+            buffer = memoryview(bytearray(_INFLATED))
+            try:
+                while count := reader.fill(buffer):
+                    archive.update(buffer[:count])
+            except InvalidLayer:
+                for _ in chunks():  # the blob's digest says whose fault it is
+                    pass
+                self._compare(self.record.blob.digest, blob.hexdigest(), "the layer's blob")
+                raise
+            for _ in chunks():
+                pass
+        self._compare(self.record.blob.digest, blob.hexdigest(), "the layer's blob")
+        self._compare(self.diff_id, archive.hexdigest(), "what the layer's blob unpacks to")
+
+    def _compare(self, wanted: str, found: str, what: str) -> None:
+        if wanted != f"sha256:{found}":
+            raise DigestMismatch(
+                f"{what} hashes to sha256:{found} instead of {wanted}; the registry or the way to "
+                "it is damaged or hostile, push the image again"
+            )
+
+    def forget_unverified(self) -> bool:
+        """Forget the spans of which only the blob's digest covers all; whether there were any."""
+        spans = [
+            number
+            for number in range(self.table.spans)
+            if not self.table.span(number).count or self._present[_HEAD.size + number] == _BORROWED
+        ]
+        for number in spans:
+            self.forget(number)
+        return bool(spans)
+
+    def finish(self, cas: Cas) -> None:
+        """Make the verified layer complete, durably. May be repeated.
+
+        Raises:
+            StorageFailed: the disk failed.
+        """
+        with storage(f"completing the layer in {self.directory}"):
+            os.fsync(self.data_fd)
+            cas.adopt(self.record.blob.content, self._blob, self.directory / "blob")
+            _mark_complete(self.directory)
+        self.complete = True
+
+    def refuse(self, sentence: str) -> None:
+        """Remember that the blob is wrong as a whole."""
+        temporary = self.directory / f"{_REFUSED}.tmp"
+        temporary.write_text(sentence)
+        temporary.rename(self.directory / _REFUSED)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.table.close()
+        self._present.close()
+        os.close(self.data_fd)
+        os.close(self._blob)
+
+
+def settle(directory: Path, cas: Cas) -> bool:
+    """Complete a layer whose verified blob is in the store's content already, as after a process
+    was killed in ``finish``; whether it is complete now.
+
+    Raises:
+        StorageFailed: the disk failed.
+    """
+    if is_complete(directory):
+        return True
+    if (directory / "blob").exists() or not cas.contains(read_record(directory).blob.content):
+        return False
+    with storage(f"completing the layer in {directory}"):
+        _mark_complete(directory)
+    return True
+
+
+def _mark_complete(directory: Path) -> None:
+    (directory / _PRESENT).unlink(missing_ok=True)
+    sync_directory(directory)
+
+
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(descriptor, data, offset)
+        offset += done
+        data = data[done:]

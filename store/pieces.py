@@ -1,0 +1,93 @@
+"""Where chunks of lazy layers are that other images may have too: an index by digest.
+
+What it says is a hint and can be lost: whoever takes a chunk from another layer verifies it as
+if it had come from a registry.
+"""
+
+import logging
+import sqlite3
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from store.spans import SpanTable
+
+log = logging.getLogger(__name__)
+
+_UNSET = bytes(32)
+
+# The pages that lookups of one image need; the kernel keeps the others.
+_CACHE_KIB = 512
+
+
+class Pieces:
+    """The index. Safe to use from several threads; methods block shortly.
+
+    Args:
+        path: a database file of its own; one that can't be used is made anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        try:
+            self._connection = _open(path)
+        except sqlite3.DatabaseError as error:
+            log.warning("making %s anew: %s", path, error)
+            for name in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+                name.unlink(missing_ok=True)
+            self._connection = _open(path)
+
+    def add(self, layer: str, table: SpanTable) -> None:
+        """Enter the chunks of a layer, named by its hexadecimal diff_id, unless it is known."""
+        rows = (
+            (piece.digest, layer, piece.span)
+            for piece in map(table.piece, range(table.pieces))
+            if piece.digest != _UNSET
+        )
+        with self._lock, suppress(sqlite3.DatabaseError), self._connection:
+            known = self._connection.execute("SELECT 1 FROM layers WHERE layer = ?", (layer,))
+            if known.fetchone() is None:
+                self._connection.executemany("INSERT OR IGNORE INTO pieces VALUES (?, ?, ?)", rows)
+                self._connection.execute("INSERT INTO layers VALUES (?)", (layer,))
+
+    def others(self, layer: str) -> bool:
+        """Whether any other layer is known."""
+        with self._lock, suppress(sqlite3.DatabaseError):
+            found = self._connection.execute("SELECT 1 FROM layers WHERE layer != ?", (layer,))
+            return found.fetchone() is not None
+        return False
+
+    def find(self, digest: bytes, besides: str) -> tuple[str, int] | None:
+        """A layer that has a chunk, other than ``besides``, and the number of the span in it."""
+        with self._lock, suppress(sqlite3.DatabaseError):
+            row = self._connection.execute(
+                "SELECT layer, span FROM pieces WHERE digest = ? AND layer != ? LIMIT 1",
+                (digest, besides),
+            ).fetchone()
+            return (row[0], row[1]) if row else None
+        return None
+
+    def forget(self, layer: str) -> None:
+        """Take out a layer that is not here any more."""
+        with self._lock, suppress(sqlite3.DatabaseError), self._connection:
+            self._connection.execute("DELETE FROM pieces WHERE layer = ?", (layer,))
+            self._connection.execute("DELETE FROM layers WHERE layer = ?", (layer,))
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            self._connection.close()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = OFF")
+    connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS pieces (digest BLOB, layer TEXT, span INTEGER,"
+        " PRIMARY KEY (digest, layer)) WITHOUT ROWID"
+    )
+    connection.execute("CREATE TABLE IF NOT EXISTS layers (layer TEXT PRIMARY KEY) WITHOUT ROWID")
+    connection.commit()
+    return connection

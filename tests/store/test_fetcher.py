@@ -1,0 +1,408 @@
+"""Incomplete layers: each byte asked for once, verified, and kept, whatever the registry does."""
+
+import itertools
+import os
+import random
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from store import lazy
+from store.cas import Cas, Digest
+from store.config import LazyConfig, StoreConfig
+from store.errors import DigestMismatch, NotLazy, RegistryTimeout, StoreError
+from store.fetcher import Fetcher, Slots
+from store.layers import Layer, Layers
+from store.lazy import LazyLayer, LazyRecord
+from store.lender import Lender
+from store.manifest import Descriptor
+from store.reference import parse_reference
+from store.registry import Registry as Source
+from tests.support import proxy as faults
+from tests.support.layouts import GZIP, OciLayout
+from tests.support.proxy import Exchange, Proxy
+from tests.support.registry import Registry
+from tests.support.spans import CHUNK, HandMade
+
+QUICK = LazyConfig(read_seconds=1.5)
+
+
+def noise(seed: int, size: int) -> bytes:
+    """Bytes that gzip can't make fewer."""
+    return random.Random(seed).randbytes(size)
+
+
+FILES = {
+    "a": noise(1, 3 * CHUNK + 1234),
+    "b": noise(2, 100),
+    "c": b"",
+    "d": noise(3, 40 * CHUNK),
+    **{f"small/{n}": noise(n + 10, 700) for n in range(50)},
+}
+
+
+@dataclass
+class Place:
+    """A store with one incomplete layer, and how to fetch it."""
+
+    root: Path
+    made: HandMade
+    descriptor: Descriptor
+    reference: str
+    config: StoreConfig
+    failures: list[StoreError] = field(default_factory=list)
+    whole: int = 0
+
+    def __post_init__(self) -> None:
+        self.layers = Layers(self.root / "layers")
+        self.cas = Cas(self.root)
+
+    def add(self, known: list[tuple[int, bytes]] | None = None) -> Layer:
+        """Make the incomplete layer."""
+        record = LazyRecord(self.descriptor, (f"docker://{self.reference}",))
+        return self.layers.add_lazy(Digest(self.made.diff_id), self.made, record, known or [])
+
+    def open_directory(self) -> Path:
+        """Where the layer is."""
+        layer = self.layers.get(Digest(self.made.diff_id))
+        assert layer is not None
+        return layer.directory
+
+    def open(self) -> LazyLayer:
+        """The layer as a server has it."""
+        layer = self.layers.get(Digest(self.made.diff_id)) or self.add()
+        return LazyLayer(layer.directory, layer.diff_id)
+
+    @asynccontextmanager
+    async def fetching(self, **changes: Any) -> AsyncIterator[Fetcher]:
+        """A fetcher, as after the start of a server."""
+        source = Source(parse_reference(self.reference), self.config)
+        settings = msgspec.structs.replace(QUICK, **changes)
+        opened: dict[str, LazyLayer] = {}
+        lender = Lender(self.root / "layers", self.cas, opened.get)
+        layer = self.open()
+        opened[layer.directory.name] = layer
+        try:
+            async with trio.open_nursery() as nursery:
+                yield Fetcher(
+                    layer,
+                    source,
+                    nursery,
+                    Slots(8),
+                    lender,
+                    settings,
+                    lambda _, error: self.failures.append(error),
+                    self._count_whole,
+                )
+                nursery.cancel_scope.cancel()
+        finally:
+            source.close()
+            lender.close()
+            layer.close()
+
+    def _count_whole(self) -> None:
+        self.whole += 1
+
+
+@pytest.fixture
+def made() -> HandMade:
+    """The layer of most tests."""
+    return HandMade(FILES)
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path,
+    made: HandMade,
+    layout: OciLayout,
+    registry: Registry,
+    proxy: Proxy,
+    config: StoreConfig,
+    request: pytest.FixtureRequest,
+) -> Place:
+    """An incomplete layer of an image that is in the registry, behind the proxy."""
+    blob = layout.blob(made.blob, GZIP)
+    name = "fetch/" + re.sub("[^a-z0-9]+", "-", request.node.name.lower()).strip("-")
+    registry.push(layout, layout.manifest([blob], [made.diff_id]), name, "v1")
+    descriptor = msgspec.convert(blob, Descriptor)
+    return Place(tmp_path / "root", made, descriptor, f"{proxy.host}/{name}:v1", config)
+
+
+def asked(proxy: Proxy) -> list[tuple[int, int]]:
+    """The byte ranges that were asked for, in order."""
+    found = []
+    for request in proxy.paths("/blobs/"):
+        start, end = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["Range"]).groups()  # type: ignore[union-attr]
+        found.append((int(start), int(end) + 1))
+    return found
+
+
+def disjoint(ranges: list[tuple[int, int]]) -> bool:
+    """No byte twice."""
+    ordered = sorted(ranges)
+    return all(a[1] <= b[0] for a, b in itertools.pairwise(ordered))
+
+
+async def read_all(fetcher: Fetcher, piece: int = 128 << 10) -> bytes:
+    """The data file from its beginning to its end."""
+    size = fetcher.layer.size
+    return b"".join([await fetcher.read(at, min(piece, size - at)) for at in range(0, size, piece)])
+
+
+async def test_what_is_read_is_fetched_once(place: Place, proxy: Proxy) -> None:
+    async with place.fetching() as fetcher:
+        assert await read_all(fetcher) == place.made.data
+        requests = len(asked(proxy))
+        assert await read_all(fetcher, 5000) == place.made.data
+        assert len(asked(proxy)) == requests
+    assert disjoint(asked(proxy))
+
+
+async def test_a_read_here_and_there_fetches_nothing_else(place: Place, proxy: Proxy) -> None:
+    async with place.fetching() as fetcher:
+        for entry in (place.made.entries[3], place.made.entries[0], place.made.entries[-1]):
+            assert (
+                await fetcher.read(entry.offset, 10)
+                == place.made.data[entry.offset : entry.offset + 10]
+            )
+        assert len(asked(proxy)) == 3
+        assert sum(end - start for start, end in asked(proxy)) < 2.1 * CHUNK
+
+
+async def test_reading_on_asks_for_more_and_more(place: Place, proxy: Proxy) -> None:
+    entry = place.made.entries[3]
+    async with place.fetching() as fetcher:
+        for offset in range(entry.offset, entry.offset + entry.size, 32 << 10):
+            await fetcher.read(offset, 32 << 10)
+    ranges = asked(proxy)
+    assert disjoint(ranges)
+    assert len(ranges) <= 8
+    assert ranges[-1][1] - ranges[-1][0] > 4 * (ranges[0][1] - ranges[0][0])
+
+
+async def test_many_readers_of_one_chunk_make_one_request(place: Place, proxy: Proxy) -> None:
+    async with place.fetching() as fetcher, trio.open_nursery() as nursery:
+        for _ in range(30):
+            nursery.start_soon(fetcher.read, 0, 100)
+    assert len(asked(proxy)) == 1
+
+
+async def test_nothing_is_asked_for_again_after_a_restart(place: Place, proxy: Proxy) -> None:
+    for offset in range(0, 10 * CHUNK, 3 * CHUNK):
+        async with place.fetching() as fetcher:
+            assert await fetcher.read(offset, 9) == place.made.data[offset : offset + 9]
+    async with place.fetching() as fetcher:
+        assert await read_all(fetcher) == place.made.data
+    assert disjoint(asked(proxy))
+
+
+FAULTS: dict[str, tuple[faults.Fault, int]] = {
+    "cut": (faults.cut_after(30_000), 3),
+    "short body": (faults.cut_after(0), 2),
+    "429": (faults.status(429), 2),
+    "500": (faults.status(500), 2),
+    "503 with a time": (faults.status(503, Retry_After="1"), 1),
+    "no ranges": (faults.ignore_range, 1_000_000),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_passing_faults_only_take_time(place: Place, proxy: Proxy, fault: str) -> None:
+    proxy.on("/blobs/", *FAULTS[fault])
+    async with place.fetching(read_seconds=20) as fetcher:
+        assert await read_all(fetcher) == place.made.data
+    assert place.failures == []
+
+
+async def test_a_registry_without_ranges_sends_a_layer_once(place: Place, proxy: Proxy) -> None:
+    proxy.on("/blobs/", faults.ignore_range)
+    async with place.fetching() as fetcher:
+        assert await fetcher.read(0, 10) == place.made.data[:10]
+        with trio.fail_after(5):
+            await fetcher.bring(range(fetcher.layer.table.spans), trio.CapacityLimiter(1))
+        assert await read_all(fetcher) == place.made.data
+    assert len(asked(proxy)) == 1
+
+
+async def test_wrong_bytes_are_never_given_out_nor_kept(place: Place, proxy: Proxy) -> None:
+    proxy.on("/blobs/", faults.damaged, 2)
+    async with place.fetching() as fetcher:
+        with pytest.raises(DigestMismatch, match="hostile"):
+            await fetcher.read(0, 100)
+        assert not fetcher.layer.has(fetcher.layer.table.spans_for(0, 1)[0])
+        assert [type(error) for error in place.failures] == [DigestMismatch]
+        proxy.on("/blobs/", faults.damaged, 0)
+        with pytest.raises(DigestMismatch):
+            await fetcher.read(0, 100)
+        assert await fetcher.read(0, 100) == place.made.data[:100]
+
+
+async def test_a_registry_that_is_away_is_waited_for(
+    place: Place, proxy: Proxy, registry: Registry
+) -> None:
+    async with place.fetching(read_seconds=0.6) as fetcher:
+        assert await fetcher.read(0, 10) == place.made.data[:10]
+        proxy.on("/blobs/", faults.status(502), 50)
+        begin = trio.current_time()
+        with pytest.raises(StoreError) as caught:
+            await fetcher.read(20 * CHUNK, 10)
+        assert 0.2 < trio.current_time() - begin < 1.5
+        assert place.failures == [caught.value]
+        # It fails for that read alone: what is here is read, and the rest when it is back.
+        assert await fetcher.read(0, 10) == place.made.data[:10]
+        proxy.heal()
+        assert await fetcher.read(20 * CHUNK, 10) == place.made.data[20 * CHUNK :][:10]
+
+
+async def test_no_reader_hangs_longer_than_its_time(place: Place, proxy: Proxy) -> None:
+    proxy.on("/blobs/", faults.stall)
+    async with place.fetching(read_seconds=0.5) as fetcher:
+        begin = trio.current_time()
+        with pytest.raises(RegistryTimeout):
+            await fetcher.read(0, 10)
+        assert trio.current_time() - begin < 1.5
+        proxy.heal()
+
+
+async def test_one_wrong_chunk_spoils_no_other(place: Place, proxy: Proxy) -> None:
+    spoiled = place.made.blob.index(place.made.blob[200_000:200_100])
+
+    def fault(exchange: Exchange) -> None:
+        at = [asked(proxy)[-1][0]]
+
+        def change(piece: bytes) -> bytes:
+            start, at[0] = at[0], at[0] + len(piece)
+            if start <= spoiled < at[0]:
+                piece = bytearray(piece)  # type: ignore[assignment]
+                piece[spoiled - start] ^= 1  # type: ignore[index]
+            return bytes(piece)
+
+        exchange.forward(change=change)
+
+    proxy.on("/blobs/", fault)
+    async with place.fetching() as fetcher:
+        table = fetcher.layer.table
+        limiter = trio.CapacityLimiter(1)
+        with pytest.raises(DigestMismatch):
+            await fetcher.bring(range(table.spans), limiter)
+        missing = [n for n in range(table.spans) if not fetcher.layer.has(n)]
+        assert missing == [table.span_at(spoiled)]
+
+
+async def finished(place: Place, fetcher: Fetcher) -> None:
+    """Bring the rest, verify and complete."""
+    limiter = trio.CapacityLimiter(1)
+    await fetcher.bring(range(fetcher.layer.table.spans), limiter)
+    fetcher.layer.verify(lambda: False)
+    fetcher.layer.finish(place.cas)
+
+
+async def test_a_whole_layer_is_as_if_pulled_in_full(place: Place, proxy: Proxy) -> None:
+    async with place.fetching() as fetcher:
+        await fetcher.read(CHUNK, 10)
+        await finished(place, fetcher)
+        assert fetcher.layer.complete
+    assert place.whole == 1
+    assert disjoint(asked(proxy))
+    directory = place.open_directory()
+    assert sorted(os.listdir(directory)) == [
+        *("data", "index", "layer.json", "lazy.json", "meta.erofs", "spans")
+    ]
+    assert (directory / "data").read_bytes() == place.made.data
+    assert place.cas.read(Digest(place.descriptor.digest)) == place.made.blob
+    assert lazy.is_complete(directory)
+
+
+async def test_a_server_killed_while_it_completes_goes_on(place: Place) -> None:
+    async with place.fetching() as fetcher:
+        await fetcher.bring(range(fetcher.layer.table.spans), trio.CapacityLimiter(1))
+    directory = place.open_directory()
+    with (directory / "blob").open("rb") as file:
+        place.cas.adopt(Digest(place.descriptor.digest), file.fileno(), directory / "blob")
+    assert not lazy.is_complete(directory)
+    assert lazy.settle(directory, place.cas)
+    assert lazy.is_complete(directory)
+
+
+async def test_bytes_between_contents_are_verified_at_the_end(place: Place, proxy: Proxy) -> None:
+    proxy.on("/blobs/", faults.damaged, 1)  # the first byte of the blob: a tar header's
+    async with place.fetching() as fetcher:
+        layer = fetcher.layer
+        await fetcher.bring(range(1), trio.CapacityLimiter(1))
+        assert layer.has(0)
+        await fetcher.bring(range(layer.table.spans), trio.CapacityLimiter(1))
+        with pytest.raises(DigestMismatch, match="the layer's blob"):
+            layer.verify(lambda: False)
+        assert layer.forget_unverified()
+        assert not layer.has(0)
+        assert layer.has(1)
+        await finished(place, fetcher)
+
+
+async def test_after_a_power_cut_everything_is_verified(place: Place, proxy: Proxy) -> None:
+    async with place.fetching() as fetcher:
+        await fetcher.read(0, 4 * CHUNK)
+        here = [n for n in range(fetcher.layer.table.spans) if fetcher.layer.has(n)]
+        lost = next(n for n in here if fetcher.layer.table.span(n).count)
+        start, _ = fetcher.layer.table.range_of(lost)
+    directory = place.open_directory()
+    with (directory / "blob").open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(100))
+    with (directory / "data").open("r+b") as file:
+        file.write(bytes(8 * CHUNK))
+    with (directory / "present").open("r+b") as file:
+        file.seek(8)
+        file.write(bytes(16))
+    async with place.fetching() as fetcher:
+        assert not fetcher.layer.has(lost)
+        assert fetcher.layer.has(lost + 1)
+        assert await fetcher.read(0, 4 * CHUNK) == place.made.data[: 4 * CHUNK]
+
+
+async def test_what_another_image_has_is_not_fetched(
+    place: Place, proxy: Proxy, layout: OciLayout, registry: Registry, config: StoreConfig
+) -> None:
+    async with place.fetching() as fetcher:
+        await finished(place, fetcher)
+        fetcher._lender.add(fetcher.layer)
+    other = HandMade({"new": noise(99, 1000), "d": FILES["d"]})
+    blob = layout.blob(other.blob, GZIP)
+    registry.push(layout, layout.manifest([blob], [other.diff_id]), "fetch/borrower", "v1")
+    borrower = Place(
+        place.root,
+        other,
+        msgspec.convert(blob, Descriptor),
+        f"{proxy.host}/fetch/borrower:v1",
+        config,
+    )
+    proxy.seen.clear()
+    async with borrower.fetching() as fetcher:
+        assert await read_all(fetcher) == other.data
+        assert sum(end - start for start, end in asked(proxy)) < 3000
+        await finished(borrower, fetcher)
+
+
+def test_parts_known_from_the_start_are_kept(place: Place) -> None:
+    size = len(place.made.blob)
+    place.add([(0, place.made.blob[:100]), (size - 5000, place.made.blob[-5000:])])
+    layer = place.open()
+    assert not layer.has(0) or layer.table.range_of(0)[1] <= 100
+    assert layer.has(layer.table.spans - 1)
+    assert lazy.fetched(layer.directory) == layer.fetched
+    layer.close()
+
+
+def test_a_registry_that_sends_whole_blobs_is_not_lazy(place: Place, proxy: Proxy) -> None:
+    proxy.on("/blobs/", faults.ignore_range)
+    source = Source(parse_reference(place.reference), place.config)
+    with pytest.raises(NotLazy):
+        source.fetch_range(place.descriptor, 10, 20)
+    source.close()

@@ -1,0 +1,76 @@
+"""A lazy layer made by hand, for tests of what fetches and serves: no format announces it."""
+
+import gzip
+import hashlib
+import io
+import stat
+import tarfile
+from dataclasses import dataclass, field
+
+from store.index import Entry
+from store.spans import Codec, Piece, Span, SpanWriter
+from tests.support.layouts import sha256
+
+CHUNK = 64 << 10
+
+
+@dataclass
+class HandMade:
+    """A gzip layer whose chunks are members of their own, and what a table would say of it.
+
+    ``format``, ``entries``, ``spans`` and ``data_size`` make it a ``LazyLayout``.
+
+    Attributes:
+        blob: the layer.
+        diff_id: digest of its archive.
+        data: what the data file must hold in the end.
+    """
+
+    files: dict[str, bytes]
+    blob: bytes = b""
+    diff_id: str = ""
+    data: bytes = b""
+    format: str = "by hand"
+    entries: list[Entry] = field(default_factory=list)
+    data_size: int = 0
+
+    def __post_init__(self) -> None:
+        archive, blob, data = bytearray(), bytearray(), bytearray()
+        self._spans: list[tuple[Span, list[Piece]]] = []
+
+        def member(part: bytes) -> tuple[int, int]:
+            archive.extend(part)
+            start = len(blob)
+            blob.extend(gzip.compress(part, 1, mtime=0))
+            return start, len(blob)
+
+        for name, content in self.files.items():
+            header = tarfile.TarInfo(name)
+            header.size, header.mode = len(content), 0o644
+            member(header.tobuf())
+            self.entries.append(
+                Entry(name.encode(), stat.S_IFREG | 0o644, size=len(content), offset=len(data))
+            )
+            for offset in range(0, len(content), CHUNK):
+                part = content[offset : offset + CHUNK]
+                last = offset + CHUNK >= len(content)
+                padded = part + (bytes(-len(content) % 512) if last else b"")
+                start, end = member(padded)
+                digest = hashlib.sha256(part).digest()
+                pieces = [Piece(len(data), len(part), 0, digest)]
+                self._spans.append((Span(start, end, len(part)), pieces))
+                data += part
+            data += bytes(-len(data) % 4096)
+        end_of_archive = io.BytesIO()
+        tarfile.open(fileobj=end_of_archive, mode="w").close()
+        member(end_of_archive.getvalue())
+        self.blob, self.data = bytes(blob), bytes(data)
+        self.diff_id, self.data_size = sha256(bytes(archive)), len(data)
+
+    @property
+    def spans(self) -> SpanWriter:
+        """A new table each time."""
+        writer = SpanWriter(Codec.GZIP, len(self.blob))
+        for span, pieces in self._spans:
+            writer.add(span, pieces)
+        return writer

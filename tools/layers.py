@@ -1,0 +1,100 @@
+"""What the daemon does about news of the layer server."""
+
+import logging
+import sys
+from functools import partial
+
+import trio
+
+from fs.automount import Automounts
+from fs.failures import Failures
+from fs.nodes import Caller
+from runtime.containers import Containers
+from runtime.layerserver.client import LayerClient
+from runtime.layerserver.protocol import News
+from runtime.rootfs import Rootfs
+from store.cas import Digest
+from store.store import Store
+from tools.options import Options
+
+log = logging.getLogger(__name__)
+
+_LOST = (
+    "all processes that guard incomplete layers were killed at once; containers that used them are "
+    "ended, because they may have read zeros"
+)
+
+# Nobody in particular: a read of a file comes from the kernel.
+_KERNEL = Caller(0, 0, 0)
+
+
+def client(options: Options, store: Store, level: str, *, background: bool) -> LayerClient:
+    """The daemon's connection to its layer server."""
+    command = [sys.executable, "-m", "tools.layerserver", str(options.root), str(options.run)]
+    command += [level, *(["log"] if background else [])]
+    return LayerClient(options.run, store.config, command)
+
+
+class Follower:
+    """Passes news on to those whom they concern."""
+
+    def __init__(
+        self,
+        store: Store,
+        rootfs: Rootfs,
+        containers: Containers,
+        automounts: Automounts,
+        failures: Failures,
+        nursery: trio.Nursery,
+        client: LayerClient,
+    ) -> None:
+        self._store = store
+        self._client = client
+        self._rootfs = rootfs
+        self._containers = containers
+        self._automounts = automounts
+        self._failures = failures
+        self._nursery = nursery
+
+    def heard(self, news: News) -> None:
+        """One piece of news."""
+        diff_id = Digest(news.diff_id)
+        events = self._store.events
+        match news.kind:
+            case "complete":
+                events.emit("layer.complete", diff_id=diff_id)
+                self._nursery.start_soon(self._automounts.refresh_below, "")
+                return
+            case "refused":
+                self._store.layers.refused(diff_id)
+            case "lost":
+                news = News("lost", diff_id, _LOST)
+                self._nursery.start_soon(self._give_up, diff_id)
+        events.emit(f"layer.{news.kind}", diff_id=diff_id, error=news.sentence)
+        self._failures.add(self._path(diff_id), "read", _KERNEL, news.errno, news.sentence)
+
+    def _path(self, diff_id: Digest) -> str:
+        for image in self._store.images:
+            if diff_id in image.diff_ids:
+                return f"images/{image.name}/layers/{image.diff_ids.index(diff_id)}/rootfs"
+        return "images"
+
+    async def _give_up(self, diff_id: Digest) -> None:
+        await self._containers.condemn(diff_id, _LOST)
+        await self._mount_anew(only_served=False)
+
+    def restarted(self) -> None:
+        """The server was replaced: what is mounted of its files is dead."""
+        self._store.events.emit("layerserver.start")
+        self._nursery.start_soon(self._restarted)
+
+    async def _restarted(self) -> None:
+        if (await self._client.status()).method == "fuse":
+            await self._mount_anew(only_served=True)
+
+    async def _mount_anew(self, *, only_served: bool) -> None:
+        forget = partial(self._rootfs.forget_layers, only_served=only_served)
+        if not await trio.to_thread.run_sync(forget):
+            return
+        await self._automounts.detach_below("")
+        await self._containers.detach_idle()

@@ -1,0 +1,44 @@
+"""The layer server's process: ``python -m tools.layerserver ROOT RUN LEVEL [log]``.
+
+Started by the daemon, and by nobody else. With ``log`` it logs where the daemon does when that
+is in the background, else to standard error.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import msgspec
+import trio
+
+from runtime.layerserver import protocol
+from runtime.layerserver.server import LayerServer
+from store.config import StoreConfig
+from store.errors import CtrfsError
+from tools import logs
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Serve until nobody needs it; returns the exit code."""
+    root, run, level, *rest = sys.argv[1:]
+    if rest:
+        logs.of_daemon(Path(root), level)
+    else:
+        logs.to_stderr(level)
+    try:
+        config = msgspec.json.decode((Path(run) / protocol.CONFIG).read_bytes(), type=StoreConfig)
+        trio.run(_serve, Path(root), Path(run), config)
+    except CtrfsError as error:
+        log.error("%s", error.sentence)
+        return 1
+    return 0
+
+
+async def _serve(root: Path, run: Path, config: StoreConfig) -> None:
+    await LayerServer(root, run, config).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
