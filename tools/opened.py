@@ -37,7 +37,7 @@ _TOC_NAME = "stargz.index.json"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def opened_files(tree: Path, *command: str) -> set[str]:
+def opened_files(tree: Path, *command: str) -> list[str]:
     """The files that a command opens, the kernel for it included, when it runs on a tree.
 
     Args:
@@ -45,7 +45,7 @@ def opened_files(tree: Path, *command: str) -> set[str]:
         command: must succeed.
 
     Returns:
-        Paths without a leading slash, symbolic links resolved.
+        Paths without a leading slash, symbolic links resolved, in the order of opening.
     """
     with tempfile.TemporaryDirectory() as place:
         linux.mount(str(tree), place, "", linux.MS_BIND)
@@ -58,7 +58,7 @@ def opened_files(tree: Path, *command: str) -> set[str]:
                     stdout=subprocess.DEVNULL,
                     env=_ENVIRONMENT,
                 )
-                return {os.path.relpath(path, place) for path in _paths(group)}
+                return list(dict.fromkeys(os.path.relpath(path, place) for path in _paths(group)))
             finally:
                 os.close(group)
         finally:
