@@ -23,7 +23,9 @@ Rules for the users of this module:
   was opened while there was no mark never waits.
 - A mark is removed when all contents are there, not before, and is not set again while the
   file is mounted.
-- Nobody touches a marked file but through the descriptor of an event or open_unwatched().
+- The process that reads events touches a marked file through the descriptor of an event or
+  open_unwatched() only, and never truncates it: truncate(2) and ftruncate(2) raise an event
+  whatever the descriptor.
 """
 
 import errno
@@ -102,8 +104,7 @@ class FileId(NamedTuple):
 class Event:
     """A process waits for ``count`` bytes at ``offset`` of a file.
 
-    The range may reach beyond the end of the file, and be empty (its start is then what a
-    truncation or an empty read is about).
+    The range may be empty and may reach beyond the end of the file.
 
     Attributes:
         number: how the kernel knows the event. It is also a descriptor of the file that
@@ -192,6 +193,8 @@ class PreContentGroup:
     def adopt(cls, fd: int, slots_fd: int) -> Self:
         """The group of a predecessor that is gone, from the descriptors that a holder had.
 
+        They belong to the new object, unless this raises.
+
         Raises:
             EventsTaken: the predecessor, or another successor, still lives.
             Unsupported: they are not of a group that this version made.
@@ -234,7 +237,12 @@ class PreContentGroup:
         return bool(self._free)
 
     def next_event(self) -> Event | None:
-        """The next event, if there is one. Never blocks."""
+        """The next event, if there is one. Never blocks.
+
+        Raises:
+            OSError: the kernel could not open the file for us, say for want of descriptors;
+                that reader has failed with EPERM.
+        """
         with self._lock:
             if not self._free:
                 return None
@@ -258,7 +266,10 @@ class PreContentGroup:
         self._finish(event, _ALLOW)
 
     def refuse(self, event: Event) -> None:
-        """Let the reader fail with EIO. Closes ``event.number``."""
+        """Let the reader fail with EIO. Closes ``event.number``.
+
+        What was read ahead may then be tried again alone, as an event of its own.
+        """
         self._finish(event, _DENY_EIO)
 
     def _register(self, event: Event) -> None:

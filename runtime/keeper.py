@@ -98,22 +98,30 @@ def _duplicates(pidfd: int, held: tuple[int, int]) -> tuple[int, int] | None:
 def _held(pid: int, name: str) -> tuple[int, int] | None:
     """The numbers of the two descriptors in another process."""
     process = Path(f"/proc/{pid}")
-    found: dict[str, int] = {}
+    group = slots = None
     with suppress(OSError):
         if process.stat().st_uid != os.geteuid():
             return None
-        for entry in os.listdir(process / "fd"):
-            link = os.readlink(process / "fd" / entry)
+        for number in os.listdir(process / "fd"):
+            link = os.readlink(process / "fd" / number)
             if link == f"/memfd:{name} (deleted)":
-                found["slots"] = int(entry)
-            elif link == "anon_inode:[fanotify]" and _is_for_root(process / "fdinfo" / entry):
-                found["group"] = int(entry)
-    return (found["group"], found["slots"]) if len(found) == 2 else None
+                # One with a lock is what the reader of the events has for itself.
+                if not _facts(process, number, "lock:"):
+                    slots = int(number)
+            elif link == "anon_inode:[fanotify]" and _is_for_root(process, number):
+                group = int(number)
+    return None if group is None or slots is None else (group, slots)
 
 
-def _is_for_root(information: Path) -> bool:
-    """Whether a group has a class that needs CAP_SYS_ADMIN, by the line ``fanotify flags:3b …``."""
-    for line in information.read_text().splitlines():
-        if line.startswith("fanotify flags:"):
-            return bool(int(line.split()[1].partition(":")[2], 16) & CLASS_PRE_CONTENT)
-    return False
+def _facts(process: Path, number: str, key: str) -> list[str]:
+    """The words after a key in what the kernel says about a descriptor."""
+    for line in (process / "fdinfo" / number).read_text().splitlines():
+        if line.startswith(key):
+            return line.removeprefix(key).split()
+    return []
+
+
+def _is_for_root(process: Path, number: str) -> bool:
+    """Whether a group has a class that needs CAP_SYS_ADMIN: ``fanotify flags:3b event-flags:…``."""
+    flags = _facts(process, number, "fanotify flags:")
+    return bool(flags) and bool(int(flags[0], 16) & CLASS_PRE_CONTENT)

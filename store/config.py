@@ -76,6 +76,13 @@ class LazyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     # second that may take (None: as many as there are).
     fill: bool = True
     fill_rate: int | None = None
+    # Whether layers that can't be lazy by themselves are indexed after they were pulled, so
+    # that they can be the next time. Takes 6 s of processor time a gigabyte, at low priority.
+    index: bool = True
+    # Whose word counts for an index that somebody has pushed beside an image, which the image's
+    # digest does not cover until all of a layer is here: for references by tag that of
+    # whoever may push there, as it does for the tag; for a digest nobody's.
+    remote_indexes: Literal["tag", "always", "never"] = "tag"
     # What a container opens in so many seconds after its start is fetched first the next time.
     # Interpreters have loaded their libraries by then, and caches do not follow data for ever.
     record_seconds: float = 10.0

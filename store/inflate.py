@@ -10,6 +10,7 @@ a zstd frame that wants a larger window than ``ZSTD_WINDOW`` is refused.
 
 import io
 from collections.abc import Callable, Iterator
+from enum import Enum
 from gzip import BadGzipFile
 from typing import IO, Protocol, cast
 
@@ -36,7 +37,7 @@ ZSTD_WINDOW = 128 << 20
 _IGZIP_ERROR = cast(type[Exception], isal_zlib.error)
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = 0xFD2FB528
+ZSTD_MAGIC = 0xFD2FB528
 _ZSTD_SKIPPABLE = 0x184D2A50  # the low four bits are free
 
 
@@ -81,8 +82,16 @@ class ChunkReader(io.RawIOBase):
         return count
 
 
-def inflated(source: ChunkReader, media_type: str) -> Inflated:
-    """The reader for what ``source`` begins with.
+class Compression(Enum):
+    """What a layer is compressed with."""
+
+    GZIP = "gzip"
+    ZSTD = "zstd"
+    NONE = "tar"
+
+
+def compression_of(first: bytes, media_type: str) -> Compression:
+    """What a blob is that begins with these bytes (4, or all of a shorter blob).
 
     Raises:
         UnsupportedMediaType: ``media_type`` is not that of a layer this program knows.
@@ -92,17 +101,31 @@ def inflated(source: ChunkReader, media_type: str) -> Inflated:
             f"layers of media type {media_type!r:.200} can't be used; "
             "supported are tar, tar+gzip and tar+zstd layers"
         )
-    first = source.peek(4)
     if first.startswith(_GZIP_MAGIC):
-        return _Gzip(source)
+        return Compression.GZIP
     if len(first) == 4 and _is_zstd(first):
-        return _Zstd(source)
-    return _Plain(source)
+        return Compression.ZSTD
+    return Compression.NONE
+
+
+def inflated(source: ChunkReader, media_type: str) -> Inflated:
+    """The reader for what ``source`` begins with.
+
+    Raises:
+        UnsupportedMediaType: ``media_type`` is not that of a layer this program knows.
+    """
+    match compression_of(source.peek(4), media_type):
+        case Compression.GZIP:
+            return _Gzip(source)
+        case Compression.ZSTD:
+            return _Zstd(source)
+        case Compression.NONE:
+            return _Plain(source)
 
 
 def _is_zstd(first: bytes) -> bool:
     magic = int.from_bytes(first, "little")
-    return magic == _ZSTD_MAGIC or magic & 0xFFFFFFF0 == _ZSTD_SKIPPABLE
+    return magic == ZSTD_MAGIC or magic & 0xFFFFFFF0 == _ZSTD_SKIPPABLE
 
 
 class _Readable(Protocol):
@@ -181,6 +204,22 @@ class _Zstd:
         return done
 
 
+def frame_header(flags: int) -> tuple[int, int]:
+    """What the first byte after a zstd frame's magic says: how many more bytes its header has,
+    and how many its checksum."""
+    single_segment = flags >> 5 & 1
+    content_size = (single_segment, 2, 4, 8)[flags >> 6]
+    dictionary = (0, 1, 2, 4)[flags & 3]
+    return (1 - single_segment) + content_size + dictionary, 4 * (flags >> 2 & 1)
+
+
+def block_header(item: bytes) -> tuple[int, bool]:
+    """What the three bytes before a zstd block say: its size, and whether it is the last one."""
+    header = int.from_bytes(item, "little")
+    last, kind, size = header & 1, header >> 1 & 3, header >> 3
+    return 1 if kind == 1 else size, bool(last)  # 1: one byte, repeated
+
+
 class _FrameWalker:
     """Hands on the source's bytes and follows the zstd framing as they pass.
 
@@ -232,7 +271,7 @@ class _FrameWalker:
         self._next = then
 
     def _magic(self, item: bytes) -> None:
-        if int.from_bytes(item, "little") == _ZSTD_MAGIC:
+        if int.from_bytes(item, "little") == ZSTD_MAGIC:
             self._expect(1, self._descriptor)
         else:  # anything else than a skippable frame makes the decompressor fail
             self._expect(4, self._skippable)
@@ -242,18 +281,11 @@ class _FrameWalker:
         self._expect(4, self._magic)
 
     def _descriptor(self, item: bytes) -> None:
-        flags = item[0]
-        single_segment = flags >> 5 & 1
-        content_size = (single_segment, 2, 4, 8)[flags >> 6]
-        dictionary = (0, 1, 2, 4)[flags & 3]
-        self._checksum = 4 * (flags >> 2 & 1)
-        self._skip = (1 - single_segment) + content_size + dictionary
+        self._skip, self._checksum = frame_header(item[0])
         self._expect(3, self._block)
 
     def _block(self, item: bytes) -> None:
-        header = int.from_bytes(item, "little")
-        last, kind, size = header & 1, header >> 1 & 3, header >> 3
-        self._skip = 1 if kind == 1 else size  # 1: one byte, repeated
+        self._skip, last = block_header(item)
         if last:
             self._skip += self._checksum
             self._expect(4, self._magic)

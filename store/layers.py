@@ -264,7 +264,8 @@ class Layers:
                 index.close()
             tree, needs_lower = build_tree(layout.entries, self._limits.layer_entries)
             with (workspace / "spans").open("xb") as file:
-                layout.spans.write(file, layout.data_size)
+                ranges = [(offset, len(piece)) for offset, piece in known]
+                layout.spans.write(file, layout.data_size, ranges)
             lazy.prepare(workspace, record, layout.data_size, known)
             described = _describe(workspace, diff_id, tree, layout.data_size, needs_lower)
             return self._add(workspace, msgspec.structs.replace(described, lazy=layout.format))

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import msgspec
 
+from store.archive_check import ArchiveCheck
 from store.cas import CHUNK, Cas, Digest, sync_directory
 from store.errors import (
     CorruptContent,
@@ -58,10 +59,14 @@ _INFLATED = 1 << 20
 
 
 class LazyRecord(msgspec.Struct, frozen=True):
-    """``lazy.json``: the layer's blob, and images that it is a part of (as ``Image.source``)."""
+    """``lazy.json``: the layer's blob, and images that it is a part of (as ``Image.source``).
+
+    ``vouched``: the image's manifest vouches for what says where contents are.
+    """
 
     blob: Descriptor
     sources: tuple[str, ...]
+    vouched: bool = True
 
 
 def is_complete(directory: Path) -> bool:
@@ -308,6 +313,9 @@ class LazyLayer:
             PullCancelled: ``cancelled()`` returned true.
         """
         blob, archive = hashlib.sha256(), hashlib.sha256()
+        check = (
+            None if self.record.vouched else ArchiveCheck(self.directory / "index", self.data_fd)
+        )
         with open(os.dup(self._blob), "rb", buffering=0) as file:
             file.seek(0)
 
@@ -324,6 +332,8 @@ class LazyLayer:
             try:
                 while count := reader.fill(buffer):
                     archive.update(buffer[:count])
+                    if check is not None:
+                        check.feed(buffer[:count])
             except InvalidLayer:
                 for _ in chunks():  # the blob's digest says whose fault it is
                     pass
@@ -333,6 +343,8 @@ class LazyLayer:
                 pass
         self._compare(self.record.blob.digest, blob.hexdigest(), "the layer's blob")
         self._compare(self.diff_id, archive.hexdigest(), "what the layer's blob unpacks to")
+        if check is not None:
+            check.finish()
 
     def _compare(self, wanted: str, found: str, what: str) -> None:
         if wanted != f"sha256:{found}":

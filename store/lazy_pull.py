@@ -1,17 +1,23 @@
 """Pulling a layer lazily: its table of contents now, its contents when they are read."""
 
+import logging
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 from store.cas import Digest
-from store.errors import NotLazy
-from store.layers import Layer, Layers
+from store.errors import NotLazy, RegistryError, StoreError
+from store.index_artifact import fetch_index, find_indexes
+from store.layer_index import LayerIndex
+from store.layers import Layer, LazyLayout
 from store.lazy import LazyRecord
 from store.manifest import Descriptor
 from store.registry import Registry
 from store.source import Source
+from store.store import Store
 from store.toc import read_toc
-from store.unpack import LayerLimits
+
+log = logging.getLogger(__name__)
 
 
 class Filling(Protocol):
@@ -27,13 +33,73 @@ class Filling(Protocol):
         """Bring all of a layer here. Raises CtrfsError."""
 
 
+class Indexing(Protocol):
+    """Whoever makes indexes of layers that were pulled in full."""
+
+    def want(self, descriptor: Descriptor, diff_id: Digest) -> None:
+        """Index a layer when there is time."""
+
+
+class LayerIndexes:
+    """The indexes of one image's ordinary layers: those made here, and those in its registry.
+
+    Safe to use from several threads.
+
+    Args:
+        store: has those made here.
+        source: the image's.
+        image: its manifest.
+    """
+
+    def __init__(self, store: Store, source: Source, image: Descriptor) -> None:
+        self._store = store
+        self._source = source
+        self._image = image
+        self._lock = threading.Lock()
+        self._remote: dict[Digest, Descriptor] | None = None
+
+    def find(self, layer: Descriptor, diff_id: Digest) -> tuple[LayerIndex, bool] | None:
+        """The index of a layer, and whether it was made here; None if there is none.
+
+        Raises:
+            RegistryError: the registry can't be asked, or refuses.
+        """
+        limits = self._store.config.layers
+        own = self._store.indexes.get(layer, diff_id, limits)
+        if own is not None:
+            return own, True
+        if not isinstance(self._source, Registry) or not self._trusted(self._source):
+            return None
+        try:
+            document = self._documents(self._source).get(layer.content)
+            if document is None:
+                return None
+            return fetch_index(self._source, document, layer, diff_id, limits), False
+        except RegistryError:
+            raise
+        except StoreError as error:
+            log.warning("the index of %s is not used: %s", layer.digest, error.sentence)
+            return None
+
+    def _trusted(self, source: Registry) -> bool:
+        policy = self._store.config.lazy.remote_indexes
+        return policy == "always" or (policy == "tag" and not source.by_digest)
+
+    def _documents(self, source: Registry) -> dict[Digest, Descriptor]:
+        with self._lock:
+            if self._remote is None:
+                self._remote = {}
+                self._remote = find_indexes(source, self._image)
+            return self._remote
+
+
 def pull_lazily(
     source: Source,
     origin: str,
     descriptor: Descriptor,
     diff_id: Digest,
-    layers: Layers,
-    limits: LayerLimits,
+    store: Store,
+    indexes: LayerIndexes,
 ) -> Layer:
     """Make an incomplete layer. Blocks while a few requests are answered.
 
@@ -54,7 +120,12 @@ def pull_lazily(
         known.append((offset, piece))
         return piece
 
-    layout = read_toc(descriptor, read, limits)
+    vouched = True
+    layout: LazyLayout | None = read_toc(descriptor, read, store.config.layers)
     if layout is None:
-        raise NotLazy("it has no table of contents, and there is no index of it")
-    return layers.add_lazy(diff_id, layout, LazyRecord(descriptor, (origin,)), known)
+        found = indexes.find(descriptor, diff_id)
+        if found is None:
+            raise NotLazy("it has no table of contents, and there is no index of it")
+        layout, vouched = found
+    record = LazyRecord(descriptor, (origin,), vouched)
+    return store.layers.add_lazy(diff_id, layout, record, known)

@@ -13,7 +13,7 @@ from store.cas import Digest, digest_of
 from store.config import Mode
 from store.errors import ContentNeeded, CorruptContent, InvalidReference, NotLazy, StoreError
 from store.images import Image
-from store.lazy_pull import Filling, pull_lazily
+from store.lazy_pull import Filling, Indexing, LayerIndexes, pull_lazily
 from store.leftovers import Leftovers
 from store.manifest import Descriptor
 from store.oci_layout import Layout
@@ -30,6 +30,7 @@ from store.registry import Registry
 from store.resolve import Cached, find
 from store.source import Source
 from store.store import Store
+from store.toc import is_announced
 from store.transfer import Transfer, ask, to_end
 
 
@@ -61,11 +62,15 @@ class Pulls:
 
     Args:
         filling: brings the contents of lazy layers; without it all layers are pulled in full.
+        indexing: is told of layers that could be lazy if they had an index.
     """
 
-    def __init__(self, store: Store, filling: Filling | None = None) -> None:
+    def __init__(
+        self, store: Store, filling: Filling | None = None, indexing: Indexing | None = None
+    ) -> None:
         self._store = store
         self._filling = filling
+        self._indexing = indexing
         self._jobs: dict[tuple[str, Platform, str | None, Mode], _Job] = {}
         self._running: list[PullProgress] = []
         self._locks: dict[str, trio.Lock] = {}
@@ -183,7 +188,9 @@ class Pulls:
                 await to_end(partial(self._store.cas.put, document))
             progress.image = image
             progress.state = "pulling"
-            await self._all_layers(_Part(source, origin, image.name, lazily), wanted, states)
+            indexes = LayerIndexes(self._store, source, found.chosen)
+            part = _Part(source, origin, image.name, lazily, indexes)
+            await self._all_layers(part, wanted, states)
             await self._make_mountable(image)
             if lazily:
                 await self._fill(lazily, image)
@@ -268,10 +275,11 @@ class Pulls:
         layers = self._store.layers
         known = layers.get(diff_id)
         if known is None or not await to_end(lambda: layers.usable(diff_id)):
-            limits = self._store.config.layers
             try:
                 await ask(
-                    lambda: pull_lazily(part.source, part.origin, layer, diff_id, layers, limits)
+                    lambda: pull_lazily(
+                        part.source, part.origin, layer, diff_id, self._store, part.indexes
+                    )
                 )
             except NotLazy as error:
                 return error.sentence
@@ -297,6 +305,8 @@ class Pulls:
             store.cas, store.layers, store.config.patience, source, layer, diff_id, state, not_lazy
         )
         await transfer.run()
+        if self._indexing is not None and not is_announced(layer):
+            self._indexing.want(layer, diff_id)
 
     @asynccontextmanager
     async def _alone(self, key: str) -> AsyncIterator[None]:
@@ -316,6 +326,7 @@ class _Part(msgspec.Struct, frozen=True):
     origin: str
     name: str
     lazily: Filling | None
+    indexes: LayerIndexes
 
 
 def _chosen_name(text: str | None) -> str | None:

@@ -19,7 +19,7 @@ so that a process can serve many layers without their tables in its memory:
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
@@ -153,14 +153,17 @@ class SpanWriter:
         )
         self._windows += window
 
-    def write(self, file: BinaryIO, data_size: int) -> None:
+    def write(self, file: BinaryIO, data_size: int, known: Iterable[tuple[int, int]] = ()) -> None:
         """Write the whole table.
 
         Args:
             data_size: of the data file, in bytes.
+            known: offsets and lengths of what is here already of the blob. What follows all
+                contents is cut there, so that nothing of it is fetched again.
         """
-        if self._end < self._blob_size:
-            self._append(Span(self._end, self._blob_size))
+        edges = {self._blob_size, *(edge for at, size in known for edge in (at, at + size))}
+        for edge in sorted(edge for edge in edges if self._end < edge <= self._blob_size):
+            self._append(Span(self._end, edge))
         file.write(
             _HEAD.pack(
                 MAGIC,

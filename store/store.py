@@ -13,6 +13,7 @@ from store.db import Database
 from store.errors import ImageNotFound, StoreInUse, storage
 from store.events import EventLog
 from store.images import Image, Images
+from store.indexes import Indexes
 from store.layers import Layer, LayerImage, Layers
 from store.lazy import fetched
 from store.locate import Contents, Ranges
@@ -49,6 +50,7 @@ class Store:
                 self.cas = Cas(root)
                 self.images = Images(self.db)
                 self.opened = Opened(self.db)
+                self.indexes = Indexes(root / "indexes")
                 self.layers = Layers(root / "layers", config.layers)
             except BaseException:
                 os.close(self._lock)

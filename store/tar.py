@@ -18,6 +18,8 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import msgspec
+
 from store.errors import InvalidLayer, LimitExceeded
 from store.index import Entry
 from store.tar_entry import REBUILD, make_entry, wrong_size
@@ -25,6 +27,7 @@ from store.tar_header import (
     BLOCK,
     SPECIAL_MAX,
     Header,
+    Segments,
     apply_pax,
     block_sum,
     check_segments,
@@ -55,11 +58,25 @@ class Contents(Protocol):
         ...
 
 
+class Place(msgspec.Struct, frozen=True, gc=False):
+    """Where the content of an entry is: ``stored`` bytes of the archive from ``start`` on.
+
+    ``segments`` says which parts of a sparse file they are; None for one without holes.
+    """
+
+    start: int
+    stored: int
+    segments: Segments | None
+
+
 class TarParser:
     """Takes an archive in pieces, gives its entries, and passes contents on.
 
     Args:
         contents: gets each regular file's bytes.
+
+    Attributes:
+        position: where the bytes that ``contents`` gets next are in the archive.
 
     Every method raises InvalidLayer or LimitExceeded for an archive that breaks the
     format or a limit; after that the parser must not be used.
@@ -67,6 +84,8 @@ class TarParser:
 
     def __init__(self, contents: Contents) -> None:
         self._contents = contents
+        self.position = 0
+        self._fed = 0
         self._header = Header()
         self._name = b""  # of the latest entry, for messages
         # The body that comes next: what is left of it, and then up to the block's end.
@@ -90,6 +109,13 @@ class TarParser:
         }
         self._zero_blocks = 0
         self._torn = False
+        self._fed = 0
+        self._position = 0
+
+    @property
+    def place(self) -> "Place":
+        """Where the content of the entry is that ``feed`` gave last; asked before it goes on."""
+        return Place(self._position, self._left, self._header.segments)
 
     def feed(self, view: memoryview) -> Iterator[Entry]:
         """The entries whose headers are complete with these bytes.
@@ -98,10 +124,13 @@ class TarParser:
             view: the next bytes; all but the last call's must be a multiple of 512 long.
         """
         position, end = 0, len(view)
+        base = self._fed
+        self._fed += end
         while position < end:
             entry = None
             if self._left:
                 step = min(self._left, end - position)
+                self.position = base + position
                 self._take(view[position : position + step])
                 position += step
             elif self._padding:
@@ -119,6 +148,7 @@ class TarParser:
             if self._gathered is not None and not self._left and not self._padding:
                 entry = self._end_gathering()
             if entry is not None:
+                self._position = base + position
                 yield entry
 
     def finish(self) -> None:
@@ -149,6 +179,7 @@ class TarParser:
                 continue
             step = min(self._segment_left, len(view))
             self._contents.write(view[:step])
+            self.position += step
             self._segment_left -= step
             view = view[step:]
 

@@ -42,6 +42,14 @@ class Toc(msgspec.Struct, frozen=True):
     data_size: int
 
 
+def is_announced(layer: Descriptor) -> bool:
+    """Whether the layer has a table of contents, as its manifest says."""
+    annotations = layer.annotations or {}
+    return estargz.DIGEST_ANNOTATION in annotations or any(
+        name in annotations for name in zstd_chunked.POSITION_ANNOTATIONS
+    )
+
+
 def read_toc(layer: Descriptor, read: BlobReader, limits: LayerLimits) -> Toc | None:
     """Fetch the layer's table of contents, verify and check it; None if none is announced.
 

@@ -25,6 +25,7 @@ from store.toc_json import TOC_MAX, RawToc
 # Those of containers/storage and those of stargz-snapshotter's converter.
 _PREFIXES = ("io.github.containers.zstd-chunked.", "io.containers.zstd-chunked.")
 POSITION_ANNOTATION = _PREFIXES[0] + "manifest-position"
+POSITION_ANNOTATIONS = tuple(prefix + "manifest-position" for prefix in _PREFIXES)
 CHECKSUM_ANNOTATION = _PREFIXES[0] + "manifest-checksum"
 
 # offset:length:length inflated:type

@@ -21,6 +21,7 @@ OURS = ("store", "runtime", "fs", "tools")
 def pytest_configure(config: pytest.Config) -> None:
     """Declare our markers."""
     config.addinivalue_line("markers", "logs(pattern): the test expects this in a warning")
+    config.addinivalue_line("markers", "fill: the test has lazy layers fill by themselves")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ from runtime.containers import Containers
 from runtime.layerserver.client import LayerClient
 from runtime.rootfs import Rootfs
 from store.events import EventLog
+from store.indexing import Indexer
 from store.pull import Pulls
 from store.store import Store
 from tools import layers
@@ -63,6 +64,7 @@ async def _serve(
     containers = Containers(
         store, rootfs, config.runtime, options.root, options.run, lambda: client.held
     )
+    indexer = Indexer(store)
     mountpoint = str(options.mountpoint)
     automounts = Automounts(mountpoint)
     failures = Failures()
@@ -70,7 +72,7 @@ async def _serve(
         async with trio.open_nursery() as nursery, containers.opened():
             context = Context(
                 store=store,
-                pulls=Pulls(store, client),
+                pulls=Pulls(store, client, indexer),
                 containers=containers,
                 rootfs=rootfs,
                 layers=client,
@@ -79,6 +81,7 @@ async def _serve(
                 config=config,
                 info=await trio.to_thread.run_sync(features.report, config.runtime),
             )
+            nursery.start_soon(indexer.run)
             follower = layers.Follower(
                 store, rootfs, containers, automounts, failures, nursery, client
             )

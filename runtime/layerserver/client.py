@@ -21,6 +21,7 @@ from runtime.layerserver.protocol import (
     Answer,
     Configure,
     Device,
+    Done,
     End,
     Failure,
     Fetch,
@@ -43,6 +44,10 @@ log = logging.getLogger(__name__)
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.01
 _END_SECONDS = 5.0
+
+# What comes first on a connection that brings news.
+_GREETING = protocol.encode(Done())
+_GREETING_SECONDS = 5.0
 
 
 class LayerServerFailed(StoreError):
@@ -162,7 +167,7 @@ class LayerClient:
     async def _hold(self) -> None:
         """Hold the group of events that readers wait for, so that it outlives the server, and
         the monitors of containers can hold it as well."""
-        if self.held or (await self.status()).method != "fanotify":
+        if self.held:
             return
         name = group_name(self._run)
         for pid in await trio.to_thread.run_sync(keeper.find, name):
@@ -177,9 +182,13 @@ class LayerClient:
         while True:
             try:
                 stream = self._connect()
-                await stream.send_all(protocol.encode(Listen()))
-                return stream
-            except (OSError, trio.BrokenResourceError) as error:
+                # One that is dying may still take connections, but answers none.
+                with trio.fail_after(_GREETING_SECONDS):
+                    await stream.send_all(protocol.encode(Listen()))
+                    if await stream.receive_some(len(_GREETING)) == _GREETING:
+                        return stream
+                await stream.aclose()
+            except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
                 if self._process is None or self._process.poll() is not None:
                     self._process = await trio.to_thread.run_sync(self._start)
                 elif trio.current_time() > deadline:
@@ -199,7 +208,6 @@ class LayerClient:
     async def _hear(stream: trio.SocketStream, heard: Callable[[News], None]) -> None:
         """Pass news on until the server ends."""
         rest = b""
-        greeted = False
         async with stream:
             while True:
                 try:
@@ -210,9 +218,7 @@ class LayerClient:
                     return
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in lines:
-                    if greeted:
-                        heard(protocol.decode_news(line))
-                    greeted = True
+                    heard(protocol.decode_news(line))
 
     async def end(self) -> None:
         """Let the server end, and wait until it has, unless layers are in use."""

@@ -136,7 +136,16 @@ class LayerServer:
         while trio.current_time() - needed < _GRACE_SECONDS:
             if self._listeners or self._serving.in_use:
                 needed = trio.current_time()
+            self._forget_removed()
             await trio.sleep(0.1)
+
+    def _forget_removed(self) -> None:
+        """Layers whose directory is gone need nothing any more."""
+        for diff_id, fetcher in list(self._fetchers.items()):
+            if not fetcher.layer.is_in(fetcher.layer.directory):
+                log.info("the layer %s was removed", diff_id)
+                self._serving.completed(fetcher)
+                del self._fetchers[diff_id]
 
     async def _end(self) -> None:
         await trio.lowlevel.checkpoint()  # after the answer

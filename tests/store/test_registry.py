@@ -31,7 +31,7 @@ from store.registry import Registry as Client
 from tests.support import proxy as faults
 from tests.support.layouts import GZIP, OciLayout, tar_of
 from tests.support.proxy import Endless, Proxy
-from tests.support.registry import PASSWORD, USER, Registry
+from tests.support.registry import USER, Registry, log_in
 from tests.support.tokens import TokenServer
 from tools.registry import free_port
 
@@ -73,14 +73,6 @@ def contents(source: Client, descriptor: Descriptor, offset: int = 0) -> tuple[i
         return stream.offset, b"".join(iter(stream.read, b""))
     finally:
         stream.close()
-
-
-def log_in(config: StoreConfig, host: str, **entry: str) -> None:
-    assert config.docker_config
-    directory = Path(config.docker_config)
-    directory.mkdir(exist_ok=True)
-    found = {"username": USER, "password": PASSWORD} | entry
-    (directory / "config.json").write_text(json.dumps({"auths": {host: found}}))
 
 
 def test_resolve_and_fetch(

@@ -1,11 +1,11 @@
 """A small HTTP proxy that stands before a real registry and misbehaves on demand."""
 
-import contextlib
 import http.client
 import re
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,6 +18,7 @@ class Seen:
 
     path: str
     headers: dict[str, str]
+    method: str
 
 
 class Exchange:
@@ -61,24 +62,37 @@ class Exchange:
             change: applied to each piece of the body; must keep its length.
             without: request headers that the registry doesn't get.
         """
-        dropped = {"host", "connection", *without}
+        connection = http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=30)
+        with closing(connection):
+            self._pass_on(connection, limit, change, without)
+
+    def _pass_on(
+        self,
+        connection: http.client.HTTPConnection,
+        limit: int | None,
+        change: Callable[[bytes], bytes],
+        without: tuple[str, ...],
+    ) -> None:
+        dropped = {"connection", *without}
         sent = {k: v for k, v in self._handler.headers.items() if k.lower() not in dropped}
-        registry = http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=30)
-        # Whoever asked may hang up in the middle.
-        with contextlib.closing(registry) as connection:
-            connection.request("GET", self._handler.path, headers=sent)
-            answer = connection.getresponse()
-            self._handler.send_response(answer.status)
-            for key, value in answer.getheaders():
-                self._handler.send_header(key, value)
-            self._end_headers()
-            left = limit
-            while left is None or left > 0:
-                piece = answer.read(CHUNK if left is None else min(CHUNK, left))
-                if not piece:
-                    break
-                self.write(change(piece))
-                left = None if left is None else left - len(piece)
+        # With the client's Host, so that the registry sends it to us for what comes next.
+        connection.request(self._handler.command, self._handler.path, self._body(), sent)
+        answer = connection.getresponse()
+        self._handler.send_response(answer.status)
+        for key, value in answer.getheaders():
+            self._handler.send_header(key, value)
+        self._end_headers()
+        left = limit
+        while left is None or left > 0:
+            piece = answer.read(CHUNK if left is None else min(CHUNK, left))
+            if not piece:
+                break
+            self.write(change(piece))
+            left = None if left is None else left - len(piece)
+
+    def _body(self) -> bytes | None:
+        length = self._handler.headers.get("Content-Length")
+        return self._handler.rfile.read(int(length)) if length else None
 
     def cut(self) -> None:
         """End the connection as a crash would."""
@@ -237,12 +251,14 @@ class Proxy:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                proxy.seen.append(Seen(self.path, dict(self.headers.items())))
+                proxy.seen.append(Seen(self.path, dict(self.headers.items()), self.command))
                 fault = proxy._fault(self.path)
                 try:
                     fault(Exchange(self, proxy.upstream, proxy._over))
                 except OSError:
                     self.close_connection = True  # the client has gone, as some tests want
+
+            do_HEAD = do_POST = do_PUT = do_GET
 
             def log_message(self, format: str, *args: object) -> None:
                 pass

@@ -1,0 +1,91 @@
+"""Which bytes of a layer's tar archive are which bytes of its data file."""
+
+from collections import deque
+from collections.abc import Iterator
+
+import msgspec
+
+from store.index import Entry
+from store.spans import Piece
+from store.tar import TarParser
+from store.unpack import aligned
+
+
+class Extent(msgspec.Struct, gc=False):
+    """``size`` bytes at ``position`` in the archive are those at ``target`` in the data file."""
+
+    position: int
+    target: int
+    size: int
+
+
+class Extents:
+    """Extents in order, until pieces are made of them."""
+
+    def __init__(self) -> None:
+        self._extents: deque[Extent] = deque()
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._extents)
+
+    def add(self, extent: Extent) -> None:
+        """Append one; it lies after the others, in the archive and in the data file."""
+        last = self._extents[-1] if self._extents else Extent(0, 0, 0)
+        together = last.position + last.size, last.target + last.size
+        if last.size and together == (extent.position, extent.target):
+            last.size += extent.size
+        else:
+            self._extents.append(extent)
+
+    def take(self, start: int, end: int) -> list[Piece]:
+        """The pieces of a span that holds the archive's bytes ``start`` to ``end``.
+
+        What lies before ``end`` is forgotten.
+        """
+        pieces = []
+        while self._extents and self._extents[0].position < end:
+            extent = self._extents[0]
+            size = min(extent.size, end - extent.position)
+            pieces.append(Piece(extent.target, size, extent.position - start))
+            if size == extent.size:
+                self._extents.popleft()
+            else:
+                extent.position += size
+                extent.target += size
+                extent.size -= size
+        return pieces
+
+
+class TarLayout:
+    """Parses an archive for where the contents of its files would go in a data file, which is
+    where ``unpack.DataFile`` puts them."""
+
+    def __init__(self) -> None:
+        self.extents = Extents()
+        self._parser = TarParser(self)
+        self._end = 0
+        self._target = 0
+
+    def feed(self, view: memoryview) -> Iterator[Entry]:
+        """See ``TarParser.feed``."""
+        return self._parser.feed(view)
+
+    def finish(self) -> int:
+        """See ``TarParser.finish``; the size of the data file."""
+        self._parser.finish()
+        return aligned(self._end)
+
+    # --- tar.Contents ---------------------------------------------------------------
+
+    def begin(self, size: int) -> int:
+        self._target = aligned(self._end)
+        self._end = self._target + size
+        return self._target
+
+    def seek(self, position: int) -> None:
+        self._target = position
+
+    def write(self, view: memoryview) -> None:
+        self.extents.add(Extent(self._parser.position, self._target, len(view)))
+        self._target += len(view)

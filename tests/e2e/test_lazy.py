@@ -1,0 +1,395 @@
+"""Lazy images on a real mount, from a real registry, served in both ways: browsed and run before
+their bytes are here, filled, cut off, and with every process killed."""
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from tests.e2e.conftest import check_log
+from tests.support import lazy
+from tests.support import proxy as faults
+from tests.support.layouts import OciLayout, sha256, tar_of
+from tests.support.mount import Mount
+from tests.support.proxy import Proxy
+from tests.support.registry import Registry
+
+READ_SECONDS = 1.5
+SETTINGS: dict[str, Any] = {
+    "patience": {"read_seconds": 1.0, "attempts": 2, "backoff_seconds": 0.05},
+    "lazy": {"read_seconds": READ_SECONDS, "record_seconds": 2.0},
+}
+
+
+def noise(seed: int, size: int) -> bytes:
+    """Bytes that don't compress and are zero nowhere for long."""
+    return random.Random(seed).randbytes(size)
+
+
+def files(seed: int) -> dict[str, bytes]:
+    """A small image: a shell, large files, and many small ones."""
+    busybox = Path("/bin/busybox").read_bytes()
+    made = {"bin/": b"", "bin/busybox": busybox, "data/": b"", "data/empty": b""}
+    made |= {f"data/large{n}": noise(seed + n, 3_000_000 + n) for n in range(3)}
+    made |= {f"data/small{n:03}": noise(seed + 100 + n, 50 * n + 1) for n in range(150)}
+    return made
+
+
+class Image:
+    """An image of one lazy layer in the registry."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        directory: Path,
+        name: str,
+        seed: int,
+        write: Callable[..., lazy.LazyBlob] = lazy.estargz,
+        chunk_size: int = 256 << 10,
+    ) -> None:
+        self.name = name
+        self.files = files(seed)
+        archive = tar_of(self.files)
+        layer = write(archive, chunk_size=chunk_size)
+        layout = OciLayout(directory / name)
+        layout.blob(layer.data, layer.layer.media_type)
+        descriptor = json.loads(msgspec.json.encode(layer.layer))
+        container = {"Cmd": ["/bin/busybox", "sh"]}
+        manifest = layout.manifest([descriptor], [layer.diff_id], container=container)
+        registry.push(layout, manifest, f"lazy/{name}", "v1")
+        self.layer = layer.layer
+        self.sums = "".join(
+            f"{hashlib.sha256(data).hexdigest()}  {path}\n"
+            for path, data in sorted(self.files.items())
+            if path.startswith("data/") and not path.endswith("/")
+        )
+
+    def at(self, host: str) -> str:
+        """Its reference."""
+        return f"{host}/lazy/{self.name}:v1"
+
+
+@pytest.fixture(scope="module")
+def images(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
+    """One of each format."""
+    directory = tmp_path_factory.mktemp("lazy")
+    return {
+        "estargz": Image(registry, directory, "estargz", 1),
+        "packed": Image(
+            registry,
+            directory,
+            "packed",
+            2,
+            lambda tar, chunk_size: lazy.estargz(
+                tar, chunk_size=chunk_size, min_chunk_size=16 << 10
+            ),
+        ),
+        "zstd": Image(registry, directory, "zstd", 3, lazy.zstd_chunked),
+    }
+
+
+@pytest.fixture
+def front(registry: Registry) -> Iterator[Proxy]:
+    """A proxy before the registry."""
+    with Proxy(registry.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["fuse", "fanotify"])
+def method(request: pytest.FixtureRequest) -> str:
+    """How layers are served."""
+    return cast(str, request.param)
+
+
+@pytest.fixture
+def lazy_mount(method: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mount]:
+    """A daemon that serves so, and doesn't fill by itself unless the test says so."""
+    fill = request.node.get_closest_marker("fill") is not None
+    settings = {**SETTINGS, "lazy": {**SETTINGS["lazy"], "method": method, "fill": fill}}
+    mount = Mount(tmp_path)
+    mount.config = tmp_path / "config.json"
+    mount.config.write_text(json.dumps({"store": settings}))
+    try:
+        mount.start()
+        yield mount
+        check_log(mount, 0, request)
+    finally:
+        mount.destroy()
+
+
+def forget_caches() -> None:
+    """Nothing that was read is in memory any more."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    """Wait for something."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def ranges(front: Proxy, image: Image) -> list[tuple[int, int]]:
+    """What was asked for of the image's layer."""
+    found = []
+    for request in front.paths(f"/blobs/{image.layer.digest}"):
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+        assert match, request.headers
+        found.append((int(match[1]), int(match[2]) + 1))
+    return sorted(found)
+
+
+def each_once(found: list[tuple[int, int]]) -> bool:
+    """No byte was asked for twice."""
+    return all(a[1] <= b[0] for a, b in itertools.pairwise(found))
+
+
+def check_files(image: Image, root: Path) -> None:
+    """All files below a directory are right."""
+    for path, data in image.files.items():
+        if not path.endswith("/"):
+            assert (root / path).read_bytes() == data, path
+
+
+SUMS = "cd /data && /bin/busybox sha256sum $(/bin/busybox ls) | /bin/busybox sed 's,  ,  data/,'"
+
+
+@pytest.mark.fill
+@pytest.mark.parametrize("kind", ["estargz", "packed", "zstd"])
+def test_used_filled_and_cut_off(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy, kind: str, method: str
+) -> None:
+    mount, image = lazy_mount, images[kind]
+    name = image.at(front.host)
+    mount.pull(name)
+    here = mount.path / "images" / name
+    assert re.fullmatch(r"lazy \d+%", mount.read(f"images/{name}/state"))
+    assert int((here / "layers/0/fetched").read_text()) < image.layer.size / 2
+    assert (here / "layers/0/lazy").read_text() == "yes\n"
+    listed = sorted(os.listdir(here / "rootfs/data"))
+    assert listed == sorted(
+        path.removeprefix("data/") for path in image.files if path[5:] and path[:5] == "data/"
+    )
+    assert (here / "rootfs/data/small042").read_bytes() == image.files["data/small042"]
+    code, output = mount.run_container("a", name, "/bin/busybox", "sh", "-c", SUMS)
+    assert (code, output + "\n") == (0, image.sums)
+    until(lambda: mount.read(f"images/{name}/state") == "complete")
+    assert each_once(ranges(front, image))
+    assert not (here / "layers/0/data").is_symlink() or (here / "layers/0/data").exists()
+    digest = image.layer.digest.removeprefix("sha256:")
+    content = (mount.path / "content/sha256" / digest).read_bytes()
+    assert sha256(content) == image.layer.digest
+    requests = len(front.seen)
+    front.on("", faults.status(500))
+    forget_caches()
+    check_files(image, here / "rootfs")
+    mount.write("containers/a/state", "start")
+    assert mount.read("containers/a/wait") == "0"
+    assert mount.read("containers/a/log").count(image.sums.rstrip("\n")) == 2
+    assert len(front.seen) == requests
+
+
+def test_fetch(lazy_mount: Mount, images: dict[str, Image], front: Proxy) -> None:
+    mount, image = lazy_mount, images["estargz"]
+    name = image.at(front.host)
+    mount.pull(name)
+    assert mount.read(f"images/{name}/fetch") == ""
+    mount.write(f"images/{name}/fetch", "/data/large1")
+    front.on("/blobs/", faults.status(500))
+    data = image.files["data/large1"]
+    assert (mount.path / "images" / name / "rootfs/data/large1").read_bytes() == data
+    code, sentence = mount.refused(f"images/{name}/fetch", "/data/nothing")
+    assert (code, "has no /data/nothing" in sentence) == (errno.ENOENT, True)
+    front.heal()
+    mount.write(f"images/{name}/fetch", "all")
+    assert mount.read(f"images/{name}/state") == "complete"
+    assert mount.read(f"images/{name}/fetch") == "all"
+
+
+def test_a_full_pull_of_what_is_lazy(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy
+) -> None:
+    mount, image = lazy_mount, images["packed"]
+    name = image.at(front.host)
+    mount.pull(name)
+    mount.pull(f"{name} mode=full")
+    assert mount.read(f"images/{name}/state") == "complete"
+    assert each_once(ranges(front, image))
+
+
+def test_ordinary_images_say_why_they_are_not_lazy(
+    lazy_mount: Mount, busybox: str, registry: Registry
+) -> None:
+    lazy_mount.pull(busybox)
+    assert lazy_mount.read(f"images/{busybox}/state") == "complete"
+    assert lazy_mount.read(f"images/{busybox}/layers/0/lazy").startswith("no: ")
+
+
+@pytest.mark.logs("did not come|answered 503|can't be reached")
+def test_a_registry_that_goes_away_and_comes_back(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy
+) -> None:
+    mount, image = lazy_mount, images["estargz"]
+    name = image.at(front.host)
+    mount.pull(name)
+    rootfs = mount.path / "images" / name / "rootfs/data"
+    assert (rootfs / "small001").read_bytes() == image.files["data/small001"]
+    front.on("/blobs/", faults.status(503))
+    begin = time.monotonic()
+    with pytest.raises(OSError) as caught:
+        (rootfs / "large2").read_bytes()
+    assert caught.value.errno == errno.EIO
+    # The kernel may try again page by page.
+    assert time.monotonic() - begin < 5 * READ_SECONDS
+    assert (rootfs / "small001").read_bytes() == image.files["data/small001"]
+    until(lambda: f"/images/{name}/layers/0/rootfs: read" in mount.read("errors"))
+    front.heal()
+    assert (rootfs / "large2").read_bytes() == image.files["data/large2"]
+
+
+@pytest.mark.logs("hostile")
+def test_wrong_bytes_reach_nobody(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy
+) -> None:
+    mount, image = lazy_mount, images["zstd"]
+    name = image.at(front.host)
+    mount.pull(name)
+    path = mount.path / "images" / name / "rootfs/data/large0"
+    front.on("/blobs/", faults.damaged)
+    with pytest.raises(OSError) as caught:
+        path.read_bytes()
+    assert caught.value.errno == errno.EIO
+    until(lambda: "hostile" in mount.last_error())
+    front.heal()
+    assert path.read_bytes() == image.files["data/large0"]
+
+
+@pytest.mark.logs("a killed daemon left")
+def test_the_daemon_is_killed_and_containers_read_on(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy
+) -> None:
+    mount, image = lazy_mount, images["estargz"]
+    name = image.at(front.host)
+    mount.pull(name)
+    script = f"/bin/busybox sleep 1; {SUMS}"
+    mount.container("a", name, "/bin/busybox", "sh", "-c", script)
+    mount.write("containers/a/state", "start")
+    mount.kill()
+    time.sleep(1.5)
+    mount.start()
+    assert mount.read("containers/a/wait") == "0"
+    assert mount.read("containers/a/log") + "\n" == image.sums
+    assert mount.read(f"images/{name}/state").startswith("lazy ")
+    assert each_once(ranges(front, image))
+
+
+def kill_layer_server(mount: Mount) -> None:
+    """SIGKILL, and wait for the next one."""
+    before = mount.layer_servers()
+    for pid in before:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: bool(set(mount.layer_servers()) - set(before)))
+
+
+@pytest.mark.logs("the layer server has died")
+def test_the_layer_server_is_killed(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy, method: str
+) -> None:
+    mount, image = lazy_mount, images["packed"]
+    name = image.at(front.host)
+    mount.pull(name)
+    rootfs = mount.path / "images" / name / "rootfs"
+    assert (rootfs / "data/small007").read_bytes() == image.files["data/small007"]
+    script = f"/bin/busybox sleep 1; {SUMS}"
+    mount.container("a", name, "/bin/busybox", "sh", "-c", script)
+    mount.container("idle", name, "/bin/busybox", "true")
+    idle = mount.path / "containers/idle/rootfs"
+    assert (idle / "data/small008").read_bytes() == image.files["data/small008"]
+    mount.write("containers/a/state", "start")
+    kill_layer_server(mount)
+    code = mount.read("containers/a/wait")
+    if method == "fanotify":
+        assert code == "0"
+        assert mount.read("containers/a/log") + "\n" == image.sums
+    else:
+        right = set(image.sums.splitlines())
+        log = mount.read("containers/a/log").splitlines()
+        assert all(line in right for line in log if re.match("[0-9a-f]{64} ", line))
+    # What does not run is made whole.
+    until(lambda: _reads(idle / "data/large0", image.files["data/large0"]))
+    until(lambda: _reads(rootfs / "data/large1", image.files["data/large1"]))
+    mount.write("containers/a/state", "start")
+    assert mount.read("containers/a/wait") == "0"
+
+
+def _reads(path: Path, data: bytes) -> bool:
+    try:
+        return path.read_bytes() == data
+    except OSError:
+        return False
+
+
+@pytest.mark.logs("layer server has died|a killed daemon left")
+def test_whichever_process_dies_no_wrong_byte_is_read(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy, method: str
+) -> None:
+    """20 containers checksum their files while processes are killed at random moments."""
+    mount = lazy_mount
+    chance = random.Random(7)
+    for kind in ("estargz", "zstd"):
+        mount.pull(images[kind].at(front.host))
+    kinds = {f"c{n}": ("estargz", "zstd")[n % 2] for n in range(20)}
+    # Each with another order of files, so that there is always something to fetch.
+    script = (
+        "cd /data; for f in $(/bin/busybox ls | /bin/busybox shuf); do"
+        " /bin/busybox sha256sum $f || echo failed; done"
+    )
+    for name, kind in kinds.items():
+        command = ("/bin/busybox", "sh", "-c", script)
+        mount.container(name, images[kind].at(front.host), *command)
+        mount.write(f"containers/{name}/state", "start")
+    victims = ["server", "daemon", "server", "keeper", "server"]
+    for victim in victims:
+        time.sleep(0.05 + chance.random() * 0.2)
+        _kill(mount, victim)
+    right = {
+        kind: {f"{sha256(data)[7:]}  {path[5:]}" for path, data in image.files.items()}
+        for kind, image in images.items()
+    }
+    for name, kind in kinds.items():
+        mount.read(f"containers/{name}/wait")
+        lines = mount.read(f"containers/{name}/log").splitlines()
+        sums = [line for line in lines if re.match("[0-9a-f]{64} ", line)]
+        assert set(sums) <= right[kind]
+        if method == "fanotify":
+            assert "failed" not in lines
+            assert len(sums) == 154
+
+
+def _kill(mount: Mount, victim: str) -> None:
+    match victim:
+        case "daemon":
+            mount.kill()
+            mount.start()
+        case "server":
+            for pid in mount.layer_servers():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        case "keeper":
+            subprocess.run(["pkill", "-KILL", "-f", "^/usr/bin/sleep infinity"], check=False)

@@ -1,0 +1,64 @@
+"""Layers indexed and read back span by span."""
+
+import hashlib
+import os
+import random
+from pathlib import Path
+
+from store.cas import Digest
+from store.index import Entry, read_index
+from store.layer_index import LayerIndex, build_index
+from store.span_inflate import inflate_pieces
+from store.spans import SpanTable
+from store.unpack import LayerLimits, unpack_blob
+
+TAR = "application/vnd.oci.image.layer.v1.tar"
+
+
+def digest(data: bytes) -> Digest:
+    return Digest(f"sha256:{hashlib.sha256(data).hexdigest()}")
+
+
+def index_of(
+    blob: bytes, archive: bytes, directory: Path, limits: LayerLimits | None = None
+) -> LayerIndex:
+    """Index a blob that holds the archive."""
+    path = directory / "blob"
+    path.write_bytes(blob)
+    with path.open("rb", buffering=0) as file:
+        return build_index(
+            file, len(blob), TAR, digest(archive), limits or LayerLimits(), lambda: False
+        )
+
+
+def table_of(index: LayerIndex, directory: Path) -> SpanTable:
+    """Write the index's span table, and open it."""
+    path = directory / "spans"
+    with path.open("wb") as file:
+        index.spans.write(file, index.data_size)
+    return SpanTable(path)
+
+
+def unpacked(blob: bytes, archive: bytes, directory: Path) -> tuple[list[Entry], bytes]:
+    """Entries and data file as the ordinary way gives them."""
+    data, entries = directory / "data", directory / "index"
+    for path in (data, entries):
+        path.unlink(missing_ok=True)
+    unpack_blob(iter([blob]), TAR, digest(archive), data, entries, LayerLimits(), lambda: False)
+    return list(read_index(entries)), data.read_bytes()
+
+
+def read_spans(table: SpanTable, blob: bytes, directory: Path) -> bytes:
+    """The data file, filled by inflating all spans in random order."""
+    path = directory / "lazy"
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.truncate(fd, table.data_size)
+    numbers = list(range(table.spans))
+    random.Random(table.spans).shuffle(numbers)
+    for number in numbers:
+        start, end = table.range_of(number)
+        for piece, content in inflate_pieces(table, number, memoryview(blob)[start:end]):
+            os.pwrite(fd, content, piece.target)
+    os.close(fd)
+    return path.read_bytes()
