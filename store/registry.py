@@ -148,15 +148,19 @@ class Registry:
             LimitExceeded, RegistryError
         """
 
-        def fetch(endpoint: "Endpoint") -> bytes:
-            with self._referrers_answer(endpoint, subject, artifact_type) as response:
+        def fetch(endpoint: "Endpoint") -> bytes | None:
+            try:
+                response = self._referrers_answer(endpoint, subject, artifact_type)
+            except ImageNotFound:
+                if endpoint is not self._endpoints[-1]:
+                    # A mirror that has the image speaks for a registry that may be out of reach.
+                    self._manifest_answer(endpoint, subject).close()
+                return None
+            with response:
                 what = f"the list of what refers to {subject}"
                 return self._document(response, self._limits.manifest_bytes, what)
 
-        try:
-            return self._patiently(fetch)
-        except ImageNotFound:
-            return None
+        return self._patiently(fetch)
 
     def _referrers_answer(
         self, endpoint: "Endpoint", subject: Digest, artifact_type: str

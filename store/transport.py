@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import re
 import ssl
 import threading
 import time
@@ -60,6 +61,8 @@ urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 Body = Mapping[str, str] | bytes | BinaryIO
 
 _T = TypeVar("_T")
+# What it puts around the words of a failure: its own name for it, and a place in its code.
+_OPENSSL = re.compile(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$")
 _OVERLOADED = frozenset({429, 500, 502, 503, 504})
 
 
@@ -343,6 +346,11 @@ def connection_errors(host: str) -> Iterator[None]:
     try:
         yield
     except (requests.exceptions.SSLError, urllib3.exceptions.SSLError) as error:
+        if getattr(_innermost(error), "reason", "") == "WRONG_VERSION_NUMBER":
+            raise RegistryError(
+                f"{host} does not speak TLS; if you trust the way to it, set plain_http for it in "
+                "the configuration"
+            ) from error
         raise RegistryError(
             f"no trusted TLS connection to {host}: {_reason(error)}; if it has a certificate "
             "authority of its own, name its file as ca in the configuration"
@@ -372,12 +380,18 @@ def _never_connected(error: requests.exceptions.ConnectionError) -> bool:
     return isinstance(inner, NewConnectionError | urllib3.exceptions.ProxyError)
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause, which is where the system's own words are."""
+def _innermost(error: BaseException) -> BaseException:
     cause = error
     while (inner := cause.__cause__ or cause.__context__) is not None:
         cause = inner
-    return (getattr(cause, "strerror", None) or str(cause) or type(cause).__name__).strip("[]")
+    return cause
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, which is where the system's own words are."""
+    cause = _innermost(error)
+    words = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return _OPENSSL.sub("", words)
 
 
 def _system_cas() -> bool | str:

@@ -431,7 +431,7 @@ def test_tls(tmp_path: Path, layout: OciLayout, config: StoreConfig) -> None:
     with Registry(tmp_path / "tls", tls=True) as registry:
         registry.copy(f"oci:{layout.path}:v1", "app:v1")
         resolve(registry, ca=str(registry.ca))
-        with pytest.raises(RegistryError, match=r"no trusted TLS.*certificate"):
+        with pytest.raises(RegistryError, match=r"no trusted TLS.*: certificate .*certificate; if"):
             resolve(registry)
         with pytest.raises(RegistryError, match="/none"):
             resolve(registry, ca="/none")
@@ -444,6 +444,13 @@ def test_tls_unverified(tmp_path: Path, config: StoreConfig) -> None:
         known = msgspec.structs.replace(config, registries=settings)
         with pytest.raises(ImageNotFound):
             client(registry.host, "app:v1", known).resolve()
+
+
+def test_no_tls_where_it_is_wanted(config: StoreConfig, registry: Registry) -> None:
+    settings = {registry.host: HostConfig(insecure_skip_verify=True)}
+    known = msgspec.structs.replace(config, registries=settings)
+    with pytest.raises(RegistryError, match=r"does not speak TLS.*plain_http"):
+        client(registry.host, "app:v1", known).resolve()
 
 
 def test_no_tls_beyond_this_machine(config: StoreConfig) -> None:
