@@ -735,6 +735,12 @@ class Container:
         except CtrfsError:
             return False
 
+    @property
+    def diff_ids(self) -> tuple[Digest, ...] | None:
+        """The layers that its files lie on, bottom first; None as long as no image was chosen."""
+        image = self._record.image
+        return image.diff_ids if image else None
+
     async def unmount(self) -> None:
         """Unmount the root filesystem if it does not run and nobody uses it."""
         async with self._lock:

@@ -5,7 +5,7 @@ import re
 import resource
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -98,6 +98,7 @@ class Containers:
             await trio.to_thread.run_sync(put_aside_orphans, self._services, known)
             nursery.start_soon(self._unmount_idle)
             self._services.store.images.in_use = self.in_use
+            self._services.store.images.pinned = self.pinned
             try:
                 yield
             finally:
@@ -151,6 +152,12 @@ class Containers:
             if container.uses(image.digest):
                 return f"the container {name}"
         return None
+
+    def pinned(self) -> Iterator[tuple[Digest, ...]]:
+        """The stacks of layers that containers' files lie on, each bottom first."""
+        for container in list(self._containers.values()):
+            if container.diff_ids is not None:
+                yield container.diff_ids
 
     async def create(self, name: str) -> Container:
         """Make a container.

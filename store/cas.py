@@ -264,6 +264,14 @@ class Cas:
             self._released(digest)
             raise
 
+    def has_partial(self, digest: Digest) -> bool:
+        """Whether the beginning of a blob is here."""
+        return self._partial(digest).exists()
+
+    def drop_partial(self, digest: Digest) -> None:
+        """Remove the beginning of a blob, which nobody may be writing, if it is here."""
+        self._partial(digest).unlink(missing_ok=True)
+
     def _partial(self, digest: Digest) -> Path:
         return self._ingest / f"{digest.removeprefix('sha256:')}.partial"
 

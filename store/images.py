@@ -4,7 +4,7 @@ All of them are in memory, so that reading never waits; changes go to the databa
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -47,7 +47,8 @@ class Images:
     """The image records. Safe to use from several threads.
 
     ``in_use`` is asked before an image goes that has no other name: it answers with who
-    needs it (``"container web"``), or None.
+    needs it (``"container web"``), or None. ``pinned`` tells on which stacks of layers the files
+    of containers lie, whatever the names of their images mean by now.
     """
 
     def __init__(self, database: Database) -> None:
@@ -55,6 +56,7 @@ class Images:
         self._lock = threading.Lock()
         self._images: dict[str, Image] = {}
         self.in_use: Callable[[Image], str | None] = lambda image: None
+        self.pinned: Callable[[], Iterable[tuple[Digest, ...]]] = tuple
         with database.transaction() as cursor:
             rows = cursor.execute("SELECT name, record FROM images").fetchall()
         for name, record in rows:

@@ -9,6 +9,8 @@ diff_id; whether to accept that is for the caller to decide.
 """
 
 from collections.abc import Mapping
+from functools import partial
+from io import BytesIO
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -18,7 +20,8 @@ from store.errors import InvalidManifest, LimitExceeded
 from store.index_document import decode_index, document_max
 from store.layer_index import LayerIndex
 from store.manifest import MAX_LAYERS, OCI_INDEX, OCI_MANIFEST, Descriptor
-from store.registry import Registry
+from store.push import Pusher
+from store.registry import Registry, referrers_tag
 from store.unpack import LayerLimits
 
 ARTIFACT_TYPE = "application/vnd.ctrfs.layer-index.v1"
@@ -53,6 +56,39 @@ class Referrers(msgspec.Struct, frozen=True):
 
 
 # --- publishing --------------------------------------------------------------------------
+
+
+def push_indexes(
+    pusher: Pusher, registry: Registry, image: Descriptor, documents: Mapping[Digest, bytes]
+) -> Descriptor:
+    """Put an image's indexes into the repository that the image is in; the artifact's manifest.
+
+    Where the registry keeps no list of what refers to the image, that under the tag is read and
+    written again: of two that do this at once, one may be lost, as the specification says.
+
+    Args:
+        pusher, registry: of the same repository.
+        image: the manifest of the image.
+        documents: from ``encode_index``, by the digests of the layers.
+
+    Raises:
+        InvalidManifest, LimitExceeded: the list so far is broken.
+        RegistryError: the registry can't be asked, or refuses.
+    """
+    blobs = {
+        layer: Descriptor(DOCUMENT_TYPE, digest_of(document), len(document))
+        for layer, document in documents.items()
+    }
+    pusher.put_blob(EMPTY_DESCRIPTOR.content, len(EMPTY), lambda: BytesIO(EMPTY))
+    for layer, blob in blobs.items():
+        pusher.put_blob(blob.content, blob.size, partial(BytesIO, documents[layer]))
+    artifact = artifact_of(image, blobs)
+    pushed = Descriptor(OCI_MANIFEST, digest_of(artifact), len(artifact))
+    if not pusher.put_manifest(artifact, OCI_MANIFEST, pushed.digest):
+        known = registry.fetch_referrers(image.content, ARTIFACT_TYPE)
+        referrers = referrers_with(known, artifact)
+        pusher.put_manifest(referrers, OCI_INDEX, referrers_tag(image.content))
+    return pushed
 
 
 def artifact_of(image: Descriptor, documents: Mapping[Digest, Descriptor]) -> bytes:

@@ -184,6 +184,14 @@ class Layers:
                     self._delete(chain)
             self._delete(layer.directory)
 
+    def remove_chains(self, diff_ids: Sequence[Digest], needed: Sequence[Sequence[Digest]]) -> None:
+        """Delete what was made for this stack of layers, but for what ``needed`` stacks share."""
+        with self._building, self._lock, storage(f"removing a layer from {self._directory}"):
+            for chain in self._chains.iterdir():
+                below = (chain / "diff_ids").read_text().split()
+                if _begins(diff_ids, below) and not any(_begins(stack, below) for stack in needed):
+                    self._delete(chain)
+
     def unpack(
         self,
         chunks: Iterator[bytes],
@@ -589,6 +597,10 @@ def _incomplete(layer: Layer, data: Path | None) -> Digest | None:
 
 def _sound(directory: Path, own: Path | None) -> bool:
     return _fits(directory / "meta.erofs", _chain_data(directory, own))
+
+
+def _begins(stack: Sequence[str], beginning: Sequence[str]) -> bool:
+    return list(stack[: len(beginning)]) == list(beginning)
 
 
 def _hex(diff_id: str) -> str:

@@ -59,11 +59,8 @@ class LayerIndexes:
         self._remote: dict[Digest, Descriptor] | None = None
 
     def find(self, layer: Descriptor, diff_id: Digest) -> tuple[LayerIndex, bool] | None:
-        """The index of a layer, and whether it was made here; None if there is none.
-
-        Raises:
-            RegistryError: the registry can't be asked, or refuses.
-        """
+        """The index of a layer, and whether it was made here; None if there is none that can be
+        had."""
         limits = self._store.config.layers
         own = self._store.indexes.get(layer, diff_id, limits)
         if own is not None:
@@ -75,8 +72,10 @@ class LayerIndexes:
             if document is None:
                 return None
             return fetch_index(self._source, document, layer, diff_id, limits), False
-        except RegistryError:
-            raise
+        except RegistryError as error:
+            # Many know nothing of referrers, and each says so in another way.
+            log.info("no index of %s: %s", layer.digest, error.sentence)
+            return None
         except StoreError as error:
             log.warning("the index of %s is not used: %s", layer.digest, error.sentence)
             return None

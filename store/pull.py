@@ -9,11 +9,12 @@ from functools import partial
 import msgspec
 import trio
 
-from store.cas import Digest
+from store.cas import Digest, digest_of
 from store.config import Mode
 from store.errors import ContentNeeded, CorruptContent, InvalidReference, NotLazy, StoreError
 from store.images import Image
 from store.lazy_pull import Filling, Indexing, LayerIndexes, pull_lazily
+from store.leftovers import Leftovers
 from store.manifest import Descriptor
 from store.oci_layout import Layout
 from store.platform import Platform
@@ -56,7 +57,8 @@ class Pulls:
     """All pulls of a store. To be used from one trio run.
 
     Work runs in the tasks of those who want it: a pull whose last caller is cancelled
-    stops, and nothing of it outlives its callers but content for the next attempt.
+    stops, and nothing of it outlives its callers but content for the next attempt. One that
+    is refused leaves nothing.
 
     Args:
         filling: brings the contents of lazy layers; without it all layers are pulled in full.
@@ -72,6 +74,7 @@ class Pulls:
         self._jobs: dict[tuple[str, Platform, str | None, Mode], _Job] = {}
         self._running: list[PullProgress] = []
         self._locks: dict[str, trio.Lock] = {}
+        self._leftovers = Leftovers(store)
         self._slots = trio.Semaphore(store.config.parallel_layers)
         self._layers: weakref.WeakValueDictionary[Digest, LayerProgress] = (
             weakref.WeakValueDictionary()
@@ -179,21 +182,20 @@ class Pulls:
         )
         states = [self._layer_progress(layer) for layer, _ in wanted]
         progress.layers = tuple(dict.fromkeys(states))
-        for document in found.documents:
-            await to_end(partial(self._store.cas.put, document))
-        progress.image = image
-        progress.state = "pulling"
         lazily = self._filling if mode == "lazy" else None
-        indexes = LayerIndexes(self._store, source, found.chosen)
-        part = _Part(source, origin, image.name, lazily, indexes)
-        await self._all_layers(part, wanted, states)
-        await self._make_mountable(image)
-        if lazily and self._store.incomplete(image):
-            first = await trio.to_thread.run_sync(self._store.wanted_first, image)
-            for diff_id, ranges in first.items():
-                await lazily.prefetch(diff_id, ranges)
-        image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
-        await to_end(lambda: self._store.images.put(image))
+        async with self._leftovers.gone_if_refused(image, map(digest_of, found.documents)):
+            for document in found.documents:
+                await to_end(partial(self._store.cas.put, document))
+            progress.image = image
+            progress.state = "pulling"
+            indexes = LayerIndexes(self._store, source, found.chosen)
+            part = _Part(source, origin, image.name, lazily, indexes)
+            await self._all_layers(part, wanted, states)
+            await self._make_mountable(image)
+            if lazily:
+                await self._fill(lazily, image)
+            image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
+            await to_end(lambda: self._store.images.put(image))
         return image
 
     async def _make_mountable(self, image: Image) -> None:
@@ -205,6 +207,16 @@ class Pulls:
             for diff_id in needed.diff_ids:
                 await self._complete(Digest(diff_id))
             await trio.to_thread.run_sync(self._store.rootfs_layers, image)
+
+    async def _fill(self, filling: Filling, image: Image) -> None:
+        """Have the contents of lazy layers fetched, now that nothing speaks against the image."""
+        incomplete = await trio.to_thread.run_sync(self._store.incomplete, image)
+        for diff_id in incomplete:
+            await filling.begin(diff_id)
+        if incomplete:
+            first = await trio.to_thread.run_sync(self._store.wanted_first, image)
+            for diff_id, ranges in first.items():
+                await filling.prefetch(diff_id, ranges)
 
     async def _complete(self, diff_id: Digest) -> None:
         if self._filling is None:
@@ -247,7 +259,7 @@ class Pulls:
         async with blob, unpacked, self._slots:
             not_lazy = ""
             if part.lazily and not self._store.cas.contains(layer.content):
-                not_lazy = await self._layer_lazily(part, part.lazily, layer, diff_id, state)
+                not_lazy = await self._layer_lazily(part, layer, diff_id, state)
                 if not not_lazy:
                     return
             await self._layer_in_full(part.source, layer, diff_id, state, not_lazy)
@@ -255,7 +267,6 @@ class Pulls:
     async def _layer_lazily(
         self,
         part: "_Part",
-        filling: Filling,
         layer: Descriptor,
         diff_id: Digest,
         state: LayerProgress,
@@ -275,7 +286,6 @@ class Pulls:
         elif known.complete:
             # Another blob of the same content; this image's own is not needed for anything.
             return "its content is here already"
-        await filling.begin(diff_id)
         state.finished()
         return ""
 

@@ -28,6 +28,7 @@ from store.errors import (
 from store.manifest import INDEXES, MANIFESTS, OCI_INDEX, Descriptor, check_limit
 from store.reference import DEFAULT_REGISTRY, Reference
 from store.transport import (
+    Body,
     Transport,
     connection_errors,
     drain,
@@ -61,7 +62,7 @@ class Registry:
         main = reference.registry
         mirrors = self._transport.host_config(main).mirrors
         self._endpoints = [
-            _Endpoint(self._transport, host, reference, config.docker_config)
+            Endpoint(self._transport, host, reference, config.docker_config)
             for host in (*mirrors, main)
         ]
 
@@ -75,7 +76,7 @@ class Registry:
         wanted = self._reference.digest or self._reference.tag or ""
         return self._patiently(lambda endpoint: self._resolve_at(endpoint, wanted))
 
-    def _resolve_at(self, endpoint: "_Endpoint", wanted: str) -> tuple[Descriptor, bytes]:
+    def _resolve_at(self, endpoint: "Endpoint", wanted: str) -> tuple[Descriptor, bytes]:
         with self._manifest_answer(endpoint, wanted) as response:
             what = f"the manifest of {self._reference}"
             data = self._document(response, self._limits.manifest_bytes, what)
@@ -89,7 +90,7 @@ class Registry:
             )
         return descriptor, data
 
-    def _manifest_answer(self, endpoint: "_Endpoint", wanted: str) -> requests.Response:
+    def _manifest_answer(self, endpoint: "Endpoint", wanted: str) -> requests.Response:
         response = endpoint.get(f"manifests/{wanted}", {"Accept": _ACCEPT})
         if response.status_code == 404:
             drain(response)
@@ -113,7 +114,7 @@ class Registry:
         what = f"the manifest {descriptor.digest} of {self._reference}"
         check_limit(descriptor.size, self._limits.manifest_bytes, what)
 
-        def fetch(endpoint: "_Endpoint") -> bytes:
+        def fetch(endpoint: "Endpoint") -> bytes:
             with self._manifest_answer(endpoint, descriptor.digest) as response:
                 data = self._document(response, descriptor.size, what)
             descriptor.check(data)
@@ -126,7 +127,7 @@ class Registry:
         what = f"the configuration {descriptor.digest} of {self._reference}"
         check_limit(descriptor.size, self._limits.config_bytes, what)
 
-        def fetch(endpoint: "_Endpoint") -> bytes:
+        def fetch(endpoint: "Endpoint") -> bytes:
             with self._blob_answer(endpoint, descriptor, 0) as response:
                 data = self._document(response, descriptor.size, what)
             descriptor.check(data)
@@ -147,21 +148,25 @@ class Registry:
             LimitExceeded, RegistryError
         """
 
-        def fetch(endpoint: "_Endpoint") -> bytes:
-            with self._referrers_answer(endpoint, subject, artifact_type) as response:
+        def fetch(endpoint: "Endpoint") -> bytes | None:
+            try:
+                response = self._referrers_answer(endpoint, subject, artifact_type)
+            except ImageNotFound:
+                if endpoint is not self._endpoints[-1]:
+                    # A mirror that has the image speaks for a registry that may be out of reach.
+                    self._manifest_answer(endpoint, subject).close()
+                return None
+            with response:
                 what = f"the list of what refers to {subject}"
                 return self._document(response, self._limits.manifest_bytes, what)
 
-        try:
-            return self._patiently(fetch)
-        except ImageNotFound:
-            return None
+        return self._patiently(fetch)
 
     def _referrers_answer(
-        self, endpoint: "_Endpoint", subject: Digest, artifact_type: str
+        self, endpoint: "Endpoint", subject: Digest, artifact_type: str
     ) -> requests.Response:
         query = {"artifactType": artifact_type}
-        response = endpoint.get(f"referrers/{subject}", {"Accept": OCI_INDEX}, query)
+        response = endpoint.get(f"referrers/{subject}", {"Accept": OCI_INDEX}, query=query)
         if response.status_code == 404:
             drain(response)
             return self._manifest_answer(endpoint, referrers_tag(subject))
@@ -180,7 +185,7 @@ class Registry:
     ) -> "HttpBlob":
         """A blob or a part of it, as the registry or whoever it redirects to sends it."""
 
-        def begin(endpoint: "_Endpoint") -> HttpBlob:
+        def begin(endpoint: "Endpoint") -> HttpBlob:
             response = self._blob_answer(endpoint, descriptor, offset, length)
             try:
                 return HttpBlob(response, _begin(response, descriptor, offset))
@@ -216,7 +221,7 @@ class Registry:
         return self._transport.patiently(fetch)
 
     def _blob_answer(
-        self, endpoint: "_Endpoint", descriptor: Descriptor, offset: int, length: int | None = None
+        self, endpoint: "Endpoint", descriptor: Descriptor, offset: int, length: int | None = None
     ) -> requests.Response:
         headers = {}
         if offset or length is not None:
@@ -237,7 +242,7 @@ class Registry:
             raise explain(response, f"no blob {descriptor.digest} of {self._reference}")
         return response
 
-    def _anywhere(self, work: Callable[["_Endpoint"], _T]) -> _T:
+    def _anywhere(self, work: Callable[["Endpoint"], _T]) -> _T:
         """``work`` at the first endpoint where it succeeds; the registry's own error otherwise."""
         for mirror in self._endpoints[:-1]:
             try:
@@ -248,7 +253,7 @@ class Registry:
                 log.info("the mirror %s does not help: %s", mirror.host, error.sentence)
         return work(self._endpoints[-1])
 
-    def _patiently(self, work: Callable[["_Endpoint"], _T]) -> _T:
+    def _patiently(self, work: Callable[["Endpoint"], _T]) -> _T:
         return self._transport.patiently(lambda: self._anywhere(work))
 
     def close(self) -> None:
@@ -261,8 +266,12 @@ def referrers_tag(subject: Digest) -> str:
     return subject.replace(":", "-")
 
 
-class _Endpoint:
-    """One host that may have the image: the registry, or a mirror of it."""
+class Endpoint:
+    """One host that may have the image: the registry, or a mirror of it.
+
+    Args:
+        actions: what is going to be done there: ``pull`` or ``pull,push``.
+    """
 
     def __init__(
         self,
@@ -270,6 +279,7 @@ class _Endpoint:
         host: str,
         reference: Reference,
         docker_config: str | None,
+        actions: str = "pull",
     ) -> None:
         self.host = host
         self._transport = transport
@@ -280,26 +290,78 @@ class _Endpoint:
         self._scheme: str | None = None
         self._authorizer = Authorizer(
             transport,
-            f"repository:{reference.repository}:pull",
+            f"repository:{reference.repository}:{actions}",
             lambda: find_credentials(host, docker_config),
         )
 
     def get(
-        self, path: str, headers: dict[str, str], query: Mapping[str, str] = _NO_QUERY
+        self,
+        path: str,
+        headers: dict[str, str],
+        method: str = "GET",
+        query: Mapping[str, str] = _NO_QUERY,
     ) -> requests.Response:
-        """GET of ``/v2/<repository>/<path>``, with credentials if they are wanted.
+        """GET or HEAD of ``/v2/<repository>/<path>``, with credentials if they are wanted.
 
         Raises:
             RegistryUnauthorized: they are wanted and missing or wrong.
             RegistryError: there is no answer.
         """
+        response = self._authorized(
+            self.url(path, query), headers, lambda url, sent: self._transport.get(url, sent, method)
+        )
+        if response is None:
+            raise RegistryUnauthorized(
+                f"{self.host} does not give out {self._repository}: it does not exist, or you need "
+                f"credentials that may read it; run: docker login {self.host}"
+            )
+        return response
+
+    def send(
+        self, method: str, url: str, headers: dict[str, str], body: Callable[[], Body] | None = None
+    ) -> requests.Response:
+        """A request that changes something, with credentials if they are wanted.
+
+        Args:
+            url: from ``url()``, or where the registry has sent us: credentials go to the
+                registry itself only.
+            body: gives what to send; called once for each attempt.
+
+        Raises:
+            RegistryUnauthorized: they are wanted and missing, wrong or not enough.
+            RegistryError: there is no answer.
+        """
+
+        def send(url: str, headers: dict[str, str]) -> requests.Response:
+            return self._transport.send(url, headers, body() if body else None, method)
+
+        if origin(url) != origin(self.url("")):
+            return send(url, headers)
+        response = self._authorized(url, headers, send)
+        if response is None:
+            raise RegistryUnauthorized(
+                f"{self.host} does not let you push to {self._repository}: you need credentials "
+                f"that may write it; run: docker login {self.host}"
+            )
+        return response
+
+    def url(self, path: str, query: Mapping[str, str] = _NO_QUERY) -> str:
+        """The address of ``/v2/<repository>/<path>``. Raises RegistryError."""
         asked = urlencode({**self._query, **query})
-        url = f"{self._base()}/v2/{self._repository}/{path}{'?' if asked else ''}{asked}"
+        return f"{self._base()}/v2/{self._repository}/{path}{'?' if asked else ''}{asked}"
+
+    def _authorized(
+        self,
+        url: str,
+        headers: dict[str, str],
+        ask: Callable[[str, dict[str, str]], requests.Response],
+    ) -> requests.Response | None:
+        """The answer to ``ask`` with the credentials that are wanted; None: they are not enough."""
         # The first request may be without a token, the second with one that has expired.
         for _ in range(3):
             used = self._authorizer.header()
             sent = {**headers, "Authorization": used} if used else headers
-            response = self._transport.get(url, sent)
+            response = ask(url, sent)
             if origin(response.url) != origin(url) or response.status_code not in (401, 403):
                 return response
             drain(response)
@@ -307,10 +369,7 @@ class _Endpoint:
                 break
             challenge = response.headers.get("WWW-Authenticate", "")
             self._authorizer.challenged(url, challenge, used)
-        raise RegistryUnauthorized(
-            f"{self.host} does not give out {self._repository}: it does not exist, or you need "
-            f"credentials that may read it; run: docker login {self.host}"
-        )
+        return None
 
     def _base(self) -> str:
         if self._scheme is None:

@@ -1,6 +1,7 @@
 """From a source to the documents of one image: index, manifest, configuration."""
 
 import time
+from typing import Protocol
 
 import msgspec
 
@@ -63,6 +64,16 @@ class Found(msgspec.Struct, frozen=True):
         )
 
 
+class Documents(Protocol):
+    """The part of ``Source`` that this module needs."""
+
+    def resolve(self) -> tuple[Descriptor, bytes]: ...
+
+    def fetch_manifest(self, descriptor: Descriptor) -> bytes: ...
+
+    def fetch_config(self, descriptor: Descriptor) -> bytes: ...
+
+
 class Cached:
     """A source's documents, from the store where they are here already."""
 
@@ -74,11 +85,11 @@ class Cached:
         """What the name stands for is always asked anew."""
         return self._source.resolve()
 
-    def manifest(self, descriptor: Descriptor) -> bytes:
+    def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """See ``Source.fetch_manifest``."""
         return self._known(descriptor) or self._source.fetch_manifest(descriptor)
 
-    def config(self, descriptor: Descriptor) -> bytes:
+    def fetch_config(self, descriptor: Descriptor) -> bytes:
         """See ``Source.fetch_config``."""
         return self._known(descriptor) or self._source.fetch_config(descriptor)
 
@@ -92,7 +103,7 @@ class Cached:
         return None
 
 
-def find(source: Cached, platform: Platform, what: str, layer_bytes: int) -> Found:
+def find(source: Documents, platform: Platform, what: str, layer_bytes: int) -> Found:
     """Ask a source for the image that fits a platform.
 
     Args:
@@ -115,11 +126,11 @@ def find(source: Cached, platform: Platform, what: str, layer_bytes: int) -> Fou
                 f"{what} is an index of indexes of indexes; the image has to be built again"
             )
         chosen = choose(document, platform, what)
-        data = source.manifest(chosen)
+        data = source.fetch_manifest(chosen)
         documents.append(data)
         document = parse(data, chosen.media_type, _document_name(what, chosen.content))
     check_sizes(document, layer_bytes, what)
-    data = source.config(document.config)
+    data = source.fetch_config(document.config)
     config = parse_config(data, document, what)
     check_platform(config, platform, what)
     return Found(resolved, chosen, document, config, (*documents, data))

@@ -18,6 +18,8 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import msgspec
+
 from store.errors import InvalidLayer, LimitExceeded
 from store.index import Entry
 from store.tar_entry import REBUILD, make_entry, wrong_size
@@ -25,6 +27,7 @@ from store.tar_header import (
     BLOCK,
     SPECIAL_MAX,
     Header,
+    Segments,
     apply_pax,
     block_sum,
     check_segments,
@@ -53,6 +56,17 @@ class Contents(Protocol):
     def write(self, view: memoryview) -> None:
         """Append bytes; the view is valid until the next ``feed()`` returns."""
         ...
+
+
+class Place(msgspec.Struct, frozen=True, gc=False):
+    """Where the content of an entry is: ``stored`` bytes of the archive from ``start`` on.
+
+    ``segments`` says which parts of a sparse file they are; None for one without holes.
+    """
+
+    start: int
+    stored: int
+    segments: Segments | None
 
 
 class TarParser:
@@ -95,6 +109,13 @@ class TarParser:
         }
         self._zero_blocks = 0
         self._torn = False
+        self._fed = 0
+        self._position = 0
+
+    @property
+    def place(self) -> "Place":
+        """Where the content of the entry is that ``feed`` gave last; asked before it goes on."""
+        return Place(self._position, self._left, self._header.segments)
 
     def feed(self, view: memoryview) -> Iterator[Entry]:
         """The entries whose headers are complete with these bytes.
@@ -127,6 +148,7 @@ class TarParser:
             if self._gathered is not None and not self._left and not self._padding:
                 entry = self._end_gathering()
             if entry is not None:
+                self._position = base + position
                 yield entry
 
     def finish(self) -> None:

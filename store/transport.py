@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import random
+import re
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.cookiejar import DefaultCookiePolicy
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import requests
@@ -57,7 +58,11 @@ _DRAIN_SECONDS = 5.0
 # request helps nobody.
 urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 
+Body = Mapping[str, str] | bytes | BinaryIO
+
 _T = TypeVar("_T")
+# What it puts around the words of a failure: its own name for it, and a place in its code.
+_OPENSSL = re.compile(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$")
 _OVERLOADED = frozenset({429, 500, 502, 503, 504})
 
 
@@ -92,6 +97,21 @@ def origin(url: str) -> tuple[str, str]:
     """Scheme and host with port: what credentials belong to. Raises RegistryError."""
     parts = split_url(url)
     return parts.scheme, parts.netloc
+
+
+def location(response: requests.Response, url: str) -> str:
+    """Where the answer to ``url`` sends us.
+
+    Raises:
+        RegistryError: to no address, or away from TLS.
+    """
+    target = split_url(response.headers.get("Location", ""), url).geturl()
+    if origin(url)[0] == "https" and origin(target)[0] != "https":
+        raise RegistryError(
+            f"{origin(url)[1]} redirects from TLS to {target!r:.300}; "
+            "that is refused, tell those who run it"
+        )
+    return target
 
 
 def pause_before(attempt: int, error: RegistryError, patience: Patience) -> float | None:
@@ -140,9 +160,14 @@ class Transport:
         self,
         url: str,
         headers: Mapping[str, str],
-        form: Mapping[str, str] | None = None,
+        body: Body | None = None,
+        method: str | None = None,
     ) -> requests.Response:
-        """One request (GET, or POST of a form), no redirects; the body is not read yet.
+        """One request, no redirects; the answer's body is not read yet.
+
+        Args:
+            body: a form's fields, bytes, or a file from where it stands to its end.
+            method: None: GET, or POST when there is a body.
 
         Raises:
             RegistryError: there is no answer, or this host may not be spoken to so.
@@ -153,10 +178,10 @@ class Transport:
             raise PullCancelled("the pull was cancelled")
         with connection_errors(parts.netloc):
             return self._session.request(
-                "GET" if form is None else "POST",
+                method or ("GET" if body is None else "POST"),
                 url,
                 headers=dict(headers),
-                data=form,
+                data=body,
                 stream=True,
                 allow_redirects=False,
                 timeout=(self.patience.connect_seconds, self.patience.read_seconds),
@@ -164,24 +189,19 @@ class Transport:
                 proxies=self._proxies(url, parts),
             )
 
-    def get(self, url: str, headers: Mapping[str, str]) -> requests.Response:
-        """GET, following redirects. ``Authorization`` stays with the first origin.
+    def get(self, url: str, headers: Mapping[str, str], method: str = "GET") -> requests.Response:
+        """GET or HEAD, following redirects. ``Authorization`` stays with the first origin.
 
         Raises:
             RegistryError: as ``send``; or redirects that lead nowhere, or away from TLS.
         """
         headers = dict(headers)
         for _ in range(MAX_REDIRECTS):
-            response = self.send(url, headers)
+            response = self.send(url, headers, method=method)
             if response.status_code not in (301, 302, 303, 307, 308):
                 return response
             drain(response)
-            target = split_url(response.headers.get("Location", ""), url).geturl()
-            if origin(url)[0] == "https" and origin(target)[0] != "https":
-                raise RegistryError(
-                    f"{origin(url)[1]} redirects from TLS to {target!r:.300}; "
-                    "that is refused, tell those who run it"
-                )
+            target = location(response, url)
             if origin(url) != origin(target):
                 headers.pop("Authorization", None)
             url = target
@@ -326,6 +346,11 @@ def connection_errors(host: str) -> Iterator[None]:
     try:
         yield
     except (requests.exceptions.SSLError, urllib3.exceptions.SSLError) as error:
+        if getattr(_innermost(error), "reason", "") == "WRONG_VERSION_NUMBER":
+            raise RegistryError(
+                f"{host} does not speak TLS; if you trust the way to it, set plain_http for it in "
+                "the configuration"
+            ) from error
         raise RegistryError(
             f"no trusted TLS connection to {host}: {_reason(error)}; if it has a certificate "
             "authority of its own, name its file as ca in the configuration"
@@ -355,12 +380,18 @@ def _never_connected(error: requests.exceptions.ConnectionError) -> bool:
     return isinstance(inner, NewConnectionError | urllib3.exceptions.ProxyError)
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause, which is where the system's own words are."""
+def _innermost(error: BaseException) -> BaseException:
     cause = error
     while (inner := cause.__cause__ or cause.__context__) is not None:
         cause = inner
-    return (getattr(cause, "strerror", None) or str(cause) or type(cause).__name__).strip("[]")
+    return cause
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, which is where the system's own words are."""
+    cause = _innermost(error)
+    words = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return _OPENSSL.sub("", words)
 
 
 def _system_cas() -> bool | str:

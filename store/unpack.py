@@ -93,7 +93,7 @@ def unpack_blob(
         with index_path.open("xb") as index_file:
             consumer = _Consumer(DataFile(data_fd), IndexWriter(index_file), limits)
             with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as parsing:
-                ring = _Ring()
+                ring = Ring()
                 total = 0
                 while True:
                     if cancelled():
@@ -171,7 +171,7 @@ def aligned(end: int) -> int:
     return end + -end % ALIGNMENT
 
 
-class _Ring:
+class Ring:
     """Buffers that come back when the work that uses them is done.
 
     Waiting raises what the work raised.
@@ -182,14 +182,17 @@ class _Ring:
         self._busy: deque[tuple[memoryview, tuple[Future[Any], ...]]] = deque()
 
     def free_buffer(self) -> memoryview:
+        """A buffer that nobody uses; waits for one."""
         if not self._free:
             self._wait()
         return self._free.pop()
 
     def used(self, buffer: memoryview, *work: Future[Any]) -> None:
+        """The buffer is free again when all of ``work`` is done."""
         self._busy.append((buffer, work))
 
     def drain(self) -> None:
+        """Wait for all work."""
         while self._busy:
             self._wait()
 

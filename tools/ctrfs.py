@@ -61,6 +61,52 @@ def _parser() -> argparse.ArgumentParser:
     umount.set_defaults(command=_umount)
     umount.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT")
 
+    convert = commands.add_parser(
+        "convert",
+        help="make an image that can be used before all of it is here",
+        description="SRC and DST are each docker://REF, oci:DIR:TAG, or the name of an image in a"
+        " mounted tree. The digest of the new manifest is printed.",
+    )
+    convert.set_defaults(command=_convert)
+    convert.add_argument("source", metavar="SRC")
+    convert.add_argument("target", metavar="DST")
+    convert.add_argument(
+        "--format",
+        choices=("estargz", "zstd:chunked"),
+        default="estargz",
+        help="of the new layers (%(default)s)",
+    )
+    convert.add_argument(
+        "--trace",
+        metavar="CONTAINER",
+        help="put first what this container of the mounted tree opened at its start; or a file"
+        " with paths, one a line, if it has a slash",
+    )
+    convert.add_argument(
+        "--platform", metavar="OS/ARCH", help="which image of several (this machine's)"
+    )
+    convert.add_argument(
+        "--mount", type=Path, metavar="DIR", help="the mounted tree, if there are several"
+    )
+    _add_config(convert)
+
+    index = commands.add_parser(
+        "index",
+        help="make an image's ordinary layers usable before all of them is here",
+        description="IMAGE is docker://REF, or the name of an image in a mounted tree, which is"
+        " indexed where it came from. The indexes are pushed beside the image, and found by whoever"
+        " pulls it; the digest of their manifest is printed.",
+    )
+    index.set_defaults(command=_index)
+    index.add_argument("image", metavar="IMAGE")
+    index.add_argument(
+        "--platform", metavar="OS/ARCH", help="which image of several (this machine's)"
+    )
+    index.add_argument(
+        "--mount", type=Path, metavar="DIR", help="the mounted tree, if there are several"
+    )
+    _add_config(index)
+
     doctor = commands.add_parser("doctor", help="what this machine has and lacks")
     doctor.set_defaults(command=_doctor)
     _add_config(doctor)
@@ -111,6 +157,31 @@ def _stop(daemon: instance.Instance) -> None:
             )
     finally:
         os.close(process)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    # Imported here because the other commands need none of it.
+    from tools.convert import Request, run
+
+    request = Request(
+        source=arguments.source,
+        target=arguments.target,
+        format=arguments.format,
+        trace=arguments.trace,
+        platform=arguments.platform,
+        mount=arguments.mount,
+        config=arguments.config,
+    )
+    print(run(request))
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    # Imported here because the other commands need none of it.
+    from tools.index import run
+
+    print(run(arguments.image, arguments.platform, arguments.mount, arguments.config))
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -119,11 +119,14 @@ def _make(directory: Path, mode: int) -> None:
 
 def at(mountpoint: Path) -> Instance | None:
     """The living daemon that was mounted at ``mountpoint``."""
+    return next((instance for instance in living() if instance.mountpoint == mountpoint), None)
+
+
+def living() -> Iterator[Instance]:
+    """All living daemons."""
     for path in DEFAULT_RUN.parent.glob(f"{DEFAULT_RUN.name}*/{PID_FILE}"):
-        instance = _alive(path)
-        if instance and instance.mountpoint == mountpoint:
-            return instance
-    return None
+        if instance := _alive(path):
+            yield instance
 
 
 def _alive(path: Path) -> Instance | None:

@@ -97,7 +97,7 @@ class LayerServer:
         """New settings count for layers that are opened from now on."""
         self._config = config
         self._slots = Slots(config.lazy.requests)
-        self._filler = Filler(lambda: list(self._fetchers.values()), self._slots, self._finish)
+        self._filler = Filler(self._here, self._slots, self._finish)
         self._filler.fill = config.lazy.fill
         self._filler.rate = config.lazy.fill_rate
 
@@ -136,11 +136,25 @@ class LayerServer:
         while trio.current_time() - needed < _GRACE_SECONDS:
             if self._listeners or self._serving.in_use:
                 needed = trio.current_time()
+            self._forget_removed()
             await trio.sleep(0.1)
+
+    def _forget_removed(self) -> None:
+        """Layers whose directory is gone need nothing any more."""
+        for diff_id, fetcher in list(self._fetchers.items()):
+            if not fetcher.layer.is_in(fetcher.layer.directory):
+                log.info("the layer %s was removed", diff_id)
+                self._serving.completed(fetcher)
+                del self._fetchers[diff_id]
 
     async def _end(self) -> None:
         await trio.lowlevel.checkpoint()  # after the answer
         self._nursery.cancel_scope.cancel()
+
+    def _here(self) -> list[Fetcher]:
+        """The layers that have not been removed, or made anew, since they were opened."""
+        layers = ((fetcher, fetcher.layer) for fetcher in self._fetchers.values())
+        return [fetcher for fetcher, layer in layers if layer.is_in(layer.directory)]
 
     def _by_name(self, name: str) -> Fetcher | None:
         return self._fetchers.get(Digest(f"sha256:{name}"))

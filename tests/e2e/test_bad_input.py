@@ -18,10 +18,12 @@ import pytest
 
 from tests.support import tars
 from tests.support.layouts import GZIP, MANIFEST, OciLayout, compress, sha256, tar_of
+from tests.support.lazy import estargz
 from tests.support.mount import Mount
 from tests.support.mounting import mounted
 from tests.support.proxy import Endless, Proxy, cut_after, stall, stall_after
 from tests.support.registry import Registry
+from tests.support.stored import stored
 from tools.registry import free_port
 
 FILES = tar_of({"etc/": b"", "etc/name": b"x" * 1000})
@@ -48,6 +50,14 @@ def _images(mount: Mount) -> set[str]:
             found.add(str(Path(directory).relative_to(mount.path / "images")))
             names.clear()
     return found
+
+
+def refused(mount: Mount, text: str) -> tuple[int, str]:
+    """Write what `images/pull` must refuse, and what then leaves nothing in the store."""
+    before = stored(mount.root)
+    answer = mount.refused("images/pull", text)
+    assert stored(mount.root) == before
+    return answer
 
 
 @pytest.fixture
@@ -151,11 +161,10 @@ def test_wrong_images(
     sentence: str,
 ) -> None:
     layout.tag("bad", make(layout))
-    got, said = mount.refused("images/pull", f"oci:{layout.path}:bad as=localhost/bad")
+    got, said = refused(mount, f"oci:{layout.path}:bad as=localhost/bad")
     assert errno.errorcode[got] == errno.errorcode[code], said
     assert re.search(sentence, said), said
     assert len(said) < 600
-    assert not list((mount.root / "layers").glob("*.tmp*"))
 
 
 # --- archives that are wrong ----------------------------------------------------------
@@ -179,10 +188,30 @@ def link(name: bytes, target: bytes) -> bytes:
     ],
 )
 def test_hostile_archives(mount: Mount, layout: OciLayout, archive: bytes, sentence: str) -> None:
-    layout.tag("bad", layout.image(tars.archive(archive)))
-    code, said = mount.refused("images/pull", f"oci:{layout.path}:bad as=localhost/bad")
+    layout.tag("bad", layout.image(FILES, tars.archive(archive)))
+    code, said = refused(mount, f"oci:{layout.path}:bad as=localhost/bad")
     assert code == errno.EIO
     assert sentence in said, said
+
+
+def test_a_hostile_archive_above_a_lazy_layer(
+    mount: Mount, registry: Registry, layout: OciLayout
+) -> None:
+    blob = estargz(tars.archive(tars.directory(b"etc"), tars.entry(b"etc/noise", data=bytes(9000))))
+    lazy = {**layout.blob(blob.data, GZIP), "annotations": blob.layer.annotations}
+    dangling = tars.archive(link(b"dangling", b"nowhere"))
+    bad = layout.manifest(
+        [lazy, layout.blob(compress(dangling, GZIP), GZIP)], [blob.diff_id, sha256(dangling)]
+    )
+    reference = registry.push(layout, bad, "bad/lazy", "1")
+    code, said = refused(mount, reference)
+    assert (code, "nowhere" in said) == (errno.EIO, True)
+    code, said = refused(mount, f"{reference} mode=full")
+    assert (code, "nowhere" in said) == (errno.EIO, True)
+    good = registry.push(layout, layout.manifest([lazy], [blob.diff_id]), "good/lazy", "1")
+    mount.pull(f"{good} as=localhost/good:1")
+    assert mount.read("images/localhost/good:1/layers/0/format") == "estargz"
+    assert mount.read("images/localhost/good:1/rootfs/etc/noise") == "\0" * 9000
 
 
 def test_odd_archives_stay_inside(mount: Mount, layout: OciLayout) -> None:
@@ -247,7 +276,7 @@ def test_what_cannot_be_pulled(
     mount: Mount, registry: Registry, reference: str, code: int, sentence: str
 ) -> None:
     text = reference.format(host=registry.host, free=free_port())
-    got, said = mount.refused("images/pull", text)
+    got, said = refused(mount, text)
     assert errno.errorcode[got] == errno.errorcode[code], said
     assert sentence in said
 
@@ -278,7 +307,7 @@ def test_a_manifest_that_never_ends(mount: Mount, registry: Registry) -> None:
         with Proxy(registry.port) as proxy:
             endless = Endless(MANIFEST, announced)
             proxy.on("/manifests/", endless)
-            code, said = mount.refused("images/pull", f"{proxy.host}/busybox:1")
+            code, said = refused(mount, f"{proxy.host}/busybox:1")
             assert code == errno.EFBIG
             assert "manifest" in said
         assert endless.sent < 20 << 20
@@ -412,7 +441,7 @@ def test_disk_full_while_pulling(
         try:
             full.start()
             full.pull(busybox)
-            code, said = full.refused("images/pull", reference)
+            code, said = refused(full, reference)
             assert code == errno.ENOSPC
             assert "free some space" in said
             assert full.run_container("c", busybox, "sh", "-c", "echo works") == (0, "works")

@@ -471,6 +471,17 @@ async def test_images_in_use(room: Room) -> None:
     room.add_base()
 
 
+async def test_layers_below_containers_are_pinned(room: Room) -> None:
+    container = await room.make("user", "true")
+    assert list(room.store.images.pinned()) == [], "it may get another image yet"
+    await container.start()
+    await container.wait()
+    replaced = room.store.images.get(IMAGE)
+    add_image(room.store, IMAGE, [tar_of([])])
+    assert list(room.store.images.pinned()) == [replaced.diff_ids]
+    room.add_base()
+
+
 # --- settings in force ---------------------------------------------------------------
 
 

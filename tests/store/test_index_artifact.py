@@ -5,10 +5,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import requests
 
-from store.config import StoreConfig
+from store.config import HostConfig, StoreConfig
 from store.errors import (
     DigestMismatch,
     InvalidManifest,
@@ -23,14 +24,18 @@ from store.index_artifact import (
     artifact_of,
     fetch_index,
     find_indexes,
+    push_indexes,
     referrers_with,
 )
 from store.index_document import document_max, encode_index
 from store.layer_index import LayerIndex
+from store.lazy_pull import LayerIndexes
 from store.manifest import OCI_INDEX, OCI_MANIFEST, Descriptor
+from store.push import Pusher
 from store.reference import parse_reference
 from store.registry import Registry as Client
 from store.registry import referrers_tag
+from store.store import Store
 from store.unpack import LayerLimits
 from tests.support import proxy as faults
 from tests.support import tars
@@ -121,6 +126,21 @@ def test_an_index_is_found_under_the_tag(pushed: Pushed, client: Client, proxy: 
     assert f"artifactType={ARTIFACT_TYPE}".replace("/", "%2F") in asked.path
 
 
+def test_pushing(pushed: Pushed, client: Client, config: StoreConfig) -> None:
+    reference = parse_reference(f"{pushed.registry.host}/{pushed.name}:v1")
+    pusher = Pusher(reference, config)
+    for document in (b"old", pushed.document, pushed.document):
+        artifact = push_indexes(pusher, client, pushed.image, {LAYER.content: document})
+    pusher.close()
+    (found,) = find_indexes(client, pushed.image).values()
+    assert fetch(client, found).entries == pushed.index.entries
+    referrers = client.fetch_referrers(pushed.image.content, ARTIFACT_TYPE)
+    listed = json.loads(referrers or b"")["manifests"]
+    assert len(listed) == 2
+    assert listed[1]["digest"] == artifact.digest
+    assert client.resolve()[0].digest == pushed.image.digest
+
+
 def test_an_index_is_found_by_the_api(pushed: Pushed, client: Client, proxy: Proxy) -> None:
     proxy.on("/referrers/", faults.body(referrers_with(None, pushed.artifact()), OCI_INDEX))
     (document,) = find_indexes(client, pushed.image).values()
@@ -184,3 +204,37 @@ def test_registries_that_misbehave(pushed: Pushed, client: Client, proxy: Proxy)
     with pytest.raises(LimitExceeded):
         find_indexes(client, pushed.image)
     assert endless.sent < 50 << 20
+
+
+def mirrored(pushed: Pushed, config: StoreConfig, registry: str, mirror: str) -> Client:
+    """A client of an image in a registry that has a mirror."""
+    known = msgspec.structs.replace(config, registries={registry: HostConfig(mirrors=(mirror,))})
+    return Client(parse_reference(f"{registry}/{pushed.name}:v1"), known)
+
+
+def test_a_mirror_that_has_the_image_knows_what_refers_to_it(
+    pushed: Pushed, proxy: Proxy, config: StoreConfig
+) -> None:
+    client = mirrored(pushed, config, "out-of-reach.invalid", proxy.host)
+    assert find_indexes(client, pushed.image) == {}
+    pushed.refer(referrers_with(None, pushed.artifact()))
+    assert find_indexes(client, pushed.image)
+    client.close()
+
+
+def test_a_mirror_without_the_image_knows_nothing(
+    pushed: Pushed, proxy: Proxy, config: StoreConfig
+) -> None:
+    pushed.refer(referrers_with(None, pushed.artifact()))
+    proxy.on("/manifests/|/referrers/", faults.status(404))
+    client = mirrored(pushed, config, pushed.registry.host, proxy.host)
+    assert find_indexes(client, pushed.image)
+    assert proxy.paths("/manifests/")
+    client.close()
+
+
+def test_an_image_can_be_pulled_without_asking_for_its_index(
+    pushed: Pushed, client: Client, proxy: Proxy, store: Store
+) -> None:
+    proxy.on("/referrers/", faults.status(400))
+    assert LayerIndexes(store, client, pushed.image).find(LAYER, digest(ARCHIVE)) is None

@@ -19,7 +19,7 @@ import trio
 import trio.testing
 
 from store import ballast
-from store.cas import parse_digest
+from store.cas import Digest, parse_digest
 from store.config import HostConfig, StoreConfig
 from store.errors import (
     BlobNotFound,
@@ -45,6 +45,7 @@ from store.store import Store
 from store.unpack import LayerLimits
 from tests.store.conftest import QUICK
 from tests.support import proxy as faults
+from tests.support import tars
 from tests.support.layouts import (
     CONFIG,
     GZIP,
@@ -60,6 +61,7 @@ from tests.support.layouts import (
 )
 from tests.support.proxy import Endless, Proxy
 from tests.support.registry import Registry
+from tests.support.stored import stored
 from tools.registry import free_port
 
 FILES = {"etc/": b"", "etc/motd": b"hello\n", "bin/": b"", "bin/x": bytes(100_000)}
@@ -105,7 +107,7 @@ def big(layout: OciLayout, push: Callable[[Descriptor], Pushed]) -> Pushed:
     return push(layout.image(tar_of({"noise": os.urandom(6 << 20)})))
 
 
-def nothing_left(store: Store) -> None:
+def no_half_things(store: Store) -> None:
     """No temporary file, no half a layer, no image."""
     assert store.images.names() == []
     assert os.listdir(store.root / "ingest") == []
@@ -115,10 +117,11 @@ def nothing_left(store: Store) -> None:
 async def refused(
     store: Store, source: str, error: type[StoreError], why: str, **request: Any
 ) -> StoreError:
-    """Expect a pull to fail so, and to leave nothing."""
+    """Expect a pull to fail so, and to leave everything as it was."""
+    before = list(store.images), stored(store.root)
     with pytest.raises(error, match=why) as caught:
         await Pulls(store).pull(PullRequest(source, **request))
-    nothing_left(store)
+    assert (list(store.images), stored(store.root)) == before
     assert "\n" not in caught.value.sentence
     return caught.value
 
@@ -231,8 +234,6 @@ async def test_index(
     assert arm.index_digest and store.cas.contains(arm.index_digest)
     own = await pulls.pull(PullRequest(source, parse_platform("linux/amd64")))
     assert own.digest == entries[1]["digest"]
-    store.images.remove(arm.name)
-    store.images.remove(own.name)
     await refused(
         store,
         source,
@@ -396,6 +397,7 @@ async def test_a_registry_that_stops_mid_blob(store: Store, proxy: Proxy, big: P
         await Pulls(store).pull(PullRequest(source))
     assert source in caught.value.sentence
     assert store.images.names() == [] and os.listdir(store.root / "layers" / "tmp") == []
+    assert len(list(store.cas)) == 2, "manifest and configuration stay for the next attempt too"
     await Pulls(store).pull(PullRequest(source))
     assert proxy.seen[-1].headers["Range"] == "bytes=2000000-", "what had arrived is used"
     assert os.listdir(store.root / "ingest") == []
@@ -470,9 +472,8 @@ async def test_one_bad_layer_ends_the_others(
     ]
     pushed = push(layout.manifest(layers, [sha256(good), sha256(bad)]))
     proxy.on(layers[0]["digest"], faults.stall_after(1 << 20))
-    with trio.fail_after(2.5), pytest.raises(InvalidLayer):
-        await Pulls(store).pull(PullRequest(f"{proxy.host}/{pushed.name}"))
-    assert store.images.names() == [] and os.listdir(store.root / "layers" / "tmp") == []
+    with trio.fail_after(2.5):
+        await refused(store, f"{proxy.host}/{pushed.name}", InvalidLayer, "cut off")
 
 
 async def test_a_bomb(
@@ -573,6 +574,166 @@ async def test_disk_full(
     assert used < ballast.SIZE + (256 << 10), "it stays full"
 
 
+# --- what came with an image that is refused ------------------------------------------
+
+BASE = tar_of({"etc/": b"", "noise": os.urandom(3 << 20)})
+# Needs an image of its own above others, because it deletes a name.
+DELETES = tars.archive(tars.directory(b"etc"), tars.entry(b".wh.noise"))
+# The first can't be read; the second fits on no other layer.
+CUT = gzip.compress(tar_of(FILES), mtime=0)[:-10]
+OWN = tar_of({"own": b""})
+DANGLING = tars.archive(tars.entry(b"link", b"1", link=b"nowhere"))
+
+
+@pytest.fixture
+def put(layout: OciLayout, registry: Registry) -> Callable[..., str]:
+    """Push an image of archives, and with ``bad`` of a blob as last layer; its path."""
+
+    def push(name: str, *archives: bytes, bad: bytes = b"") -> str:
+        layers = [layout.blob(gzip.compress(archive, 0, mtime=0), GZIP) for archive in archives]
+        diff_ids = [sha256(archive) for archive in archives]
+        if bad:
+            layers.append(layout.blob(bad, GZIP))
+            diff_ids.append(sha256(bad))
+        manifest = layout.manifest(layers, diff_ids, container={"Cmd": [name]})
+        return registry.push(layout, manifest, f"refused/{name}", "1").partition("/")[2]
+
+    return push
+
+
+async def refused_beside_others(pulls: Pulls, source: str) -> None:
+    """Expect a pull to be refused for a bad layer."""
+    with pytest.raises(InvalidLayer):
+        await pulls.pull(PullRequest(source))
+
+
+def shared_blob(layout: OciLayout) -> Descriptor:
+    """The layer with BASE."""
+    return layout.blob(gzip.compress(BASE, 0, mtime=0), GZIP)
+
+
+async def test_complete_layers_of_a_refused_image_go(
+    store: Store, registry: Registry, put: Callable[..., str]
+) -> None:
+    name = put("whole", BASE, DELETES, DANGLING)
+    await refused(store, f"{registry.host}/{name}", InvalidLayer, "nowhere")
+    assert list(store.cas) == [] and list(store.layers) == []
+
+
+async def test_what_images_have_stays(
+    store: Store, registry: Registry, put: Callable[..., str]
+) -> None:
+    good = await Pulls(store).pull(PullRequest(f"{registry.host}/{put('good', BASE, DELETES)}"))
+    await Pulls(store).pull(PullRequest(f"{registry.host}/{put('other', DELETES)}"))
+    bad = put("bad", BASE, DELETES, tar_of(FILES), DANGLING)
+    await refused(store, f"{registry.host}/{bad}", InvalidLayer, "nowhere")
+    # Of layers that are all here, with a stack that nobody else has; and under a name that is.
+    bad = put("stack", DELETES, DELETES, DANGLING)
+    await refused(store, f"{registry.host}/{bad}", InvalidLayer, "nowhere", as_name="x")
+    await refused(store, f"{registry.host}/{bad}", InvalidLayer, "nowhere", as_name=good.name)
+    for blob in good.blobs():
+        store.cas.verify(blob)
+    assert len(os.listdir(store.root / "layers" / "chains")) == 1 and store.rootfs_layers(good)
+
+
+async def test_what_containers_need_stays(
+    store: Store, registry: Registry, put: Callable[..., str]
+) -> None:
+    stack = (Digest(sha256(BASE)), Digest(sha256(DELETES)))
+    store.images.pinned = lambda: [stack]
+    bad = put("bad", BASE, DELETES, DANGLING)
+    with pytest.raises(InvalidLayer):
+        await Pulls(store).pull(PullRequest(f"{registry.host}/{bad}"))
+    assert {layer.diff_id for layer in store.layers} == set(stack)
+    assert len(os.listdir(store.root / "layers" / "chains")) == 1
+
+
+async def test_what_another_pull_wants_stays(
+    store: Store, proxy: Proxy, layout: OciLayout, put: Callable[..., str]
+) -> None:
+    blob, own = shared_blob(layout)["digest"], layout.blob(gzip.compress(OWN, 0, mtime=0), GZIP)
+    good, bad = put("good", BASE, OWN), put("bad", BASE, DANGLING)
+    proxy.on(own["digest"], faults.stall, times=1)
+    pulls = Pulls(store)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pulls.pull, PullRequest(f"{proxy.host}/{good}"))
+        await until(lambda: bool(store.layers.get(Digest(sha256(BASE)))))
+        before = stored(store.root)
+        await refused_beside_others(pulls, f"{proxy.host}/{bad}")
+        assert [progress.state for progress in pulls.progress()] == ["pulling"]
+        assert stored(store.root) == before
+    assert len(proxy.paths(blob)) == 1
+    (image,) = store.images
+    assert store.rootfs_layers(image) and set(image.blobs()) == set(store.cas)
+
+
+async def test_the_last_of_several_that_are_refused_takes_all_away(
+    store: Store, proxy: Proxy, layout: OciLayout, put: Callable[..., str]
+) -> None:
+    """Also what was there already when it began, because another one had brought it."""
+    blob = Digest(shared_blob(layout)["digest"])
+    first, last = put("first", BASE, bad=CUT), put("last", BASE, bad=CUT[:-1])
+    for bad, times in ((CUT, 1), (CUT[:-1], 2)):
+        proxy.on(layout.blob(bad, GZIP)["digest"], faults.stall, times=times)
+    before = stored(store.root)
+    pulls = Pulls(store)
+    ended = []
+
+    async def pull(name: str) -> None:
+        await refused_beside_others(pulls, f"{proxy.host}/{name}")
+        ended.append((name, store.cas.contains(blob)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pull, first)
+        await until(lambda: store.cas.contains(blob))
+        nursery.start_soon(pull, last)
+    assert ended == [(first, True), (last, False)]
+    assert stored(store.root) == before
+
+
+async def test_what_another_pull_has_recorded_stays(
+    store: Store, proxy: Proxy, layout: OciLayout, put: Callable[..., str]
+) -> None:
+    good, bad = put("good", BASE), put("bad", BASE, bad=CUT)
+    proxy.on(layout.blob(CUT, GZIP)["digest"], faults.stall, times=1)
+    pulls = Pulls(store)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(refused_beside_others, pulls, f"{proxy.host}/{bad}")
+        await until(lambda: bool(store.layers.get(Digest(sha256(BASE)))))
+        image = await pulls.pull(PullRequest(f"{proxy.host}/{good}"))
+        assert len(pulls.progress()) == 1
+    assert set(image.blobs()) == set(store.cas) and store.rootfs_layers(image)
+
+
+async def test_a_pull_that_begins_while_another_is_taken_away(
+    store: Store, proxy: Proxy, layout: OciLayout, put: Callable[..., str]
+) -> None:
+    good, bad = put("good", BASE), put("bad", BASE, bad=CUT)
+    proxy.on(layout.blob(CUT, GZIP)["digest"], faults.stall, times=1)
+    pulls = Pulls(store)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(refused_beside_others, pulls, f"{proxy.host}/{bad}")
+        await until(lambda: bool(store.layers.get(Digest(sha256(BASE)))))
+        # Blobs are taken away, layers not yet.
+        with store.layers._building:
+            await until(lambda: not list(store.cas))
+            nursery.start_soon(pulls.pull, PullRequest(f"{proxy.host}/{good}"))
+            await until(lambda: len(proxy.paths("/manifests/")) == 2)
+            await trio.sleep(0.05)
+    (image,) = store.images
+    assert set(image.blobs()) == set(store.cas) and store.rootfs_layers(image)
+    assert {layer.diff_id for layer in store.layers} == set(image.diff_ids)
+
+
+@pytest.mark.logs("what came with a refused image stays: removing .* failed")
+async def test_what_can_not_be_taken_away_is_logged(
+    store: Store, registry: Registry, put: Callable[..., str]
+) -> None:
+    (store.root / "layers" / "chains" / "rubbish").touch()
+    with pytest.raises(InvalidLayer, match="nowhere"):
+        await Pulls(store).pull(PullRequest(f"{registry.host}/{put('bad', BASE, DANGLING)}"))
+
+
 # --- several at once, and ends ---------------------------------------------------------
 
 
@@ -665,7 +826,7 @@ async def test_a_cancelled_pull_ends_at_once(
         await pulls.pull(PullRequest(f"{proxy.host}/{big.name}"))
     assert scope.cancelled_caught and trio.current_time() - begin < 0.8
     assert pulls.progress() == []
-    nothing_left(store)
+    no_half_things(store)
     last = json.loads(store.events.since(0)[0][-1])
     assert (last["event"], last["error"]) == ("pull.failed", "cancelled")
 

@@ -31,7 +31,7 @@ from store.registry import Registry as Client
 from tests.support import proxy as faults
 from tests.support.layouts import GZIP, OciLayout, tar_of
 from tests.support.proxy import Endless, Proxy
-from tests.support.registry import PASSWORD, USER, Registry
+from tests.support.registry import USER, Registry, log_in
 from tests.support.tokens import TokenServer
 from tools.registry import free_port
 
@@ -73,14 +73,6 @@ def contents(source: Client, descriptor: Descriptor, offset: int = 0) -> tuple[i
         return stream.offset, b"".join(iter(stream.read, b""))
     finally:
         stream.close()
-
-
-def log_in(config: StoreConfig, host: str, **entry: str) -> None:
-    assert config.docker_config
-    directory = Path(config.docker_config)
-    directory.mkdir(exist_ok=True)
-    found = {"username": USER, "password": PASSWORD} | entry
-    (directory / "config.json").write_text(json.dumps({"auths": {host: found}}))
 
 
 def test_resolve_and_fetch(
@@ -439,7 +431,7 @@ def test_tls(tmp_path: Path, layout: OciLayout, config: StoreConfig) -> None:
     with Registry(tmp_path / "tls", tls=True) as registry:
         registry.copy(f"oci:{layout.path}:v1", "app:v1")
         resolve(registry, ca=str(registry.ca))
-        with pytest.raises(RegistryError, match=r"no trusted TLS.*certificate"):
+        with pytest.raises(RegistryError, match=r"no trusted TLS.*: certificate .*certificate; if"):
             resolve(registry)
         with pytest.raises(RegistryError, match="/none"):
             resolve(registry, ca="/none")
@@ -452,6 +444,13 @@ def test_tls_unverified(tmp_path: Path, config: StoreConfig) -> None:
         known = msgspec.structs.replace(config, registries=settings)
         with pytest.raises(ImageNotFound):
             client(registry.host, "app:v1", known).resolve()
+
+
+def test_no_tls_where_it_is_wanted(config: StoreConfig, registry: Registry) -> None:
+    settings = {registry.host: HostConfig(insecure_skip_verify=True)}
+    known = msgspec.structs.replace(config, registries=settings)
+    with pytest.raises(RegistryError, match=r"does not speak TLS.*plain_http"):
+        client(registry.host, "app:v1", known).resolve()
 
 
 def test_no_tls_beyond_this_machine(config: StoreConfig) -> None:

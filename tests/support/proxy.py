@@ -18,6 +18,7 @@ class Seen:
 
     path: str
     headers: dict[str, str]
+    method: str
 
 
 class Exchange:
@@ -72,9 +73,10 @@ class Exchange:
         change: Callable[[bytes], bytes],
         without: tuple[str, ...],
     ) -> None:
-        dropped = {"host", "connection", *without}
+        dropped = {"connection", *without}
         sent = {k: v for k, v in self._handler.headers.items() if k.lower() not in dropped}
-        connection.request("GET", self._handler.path, headers=sent)
+        # With the client's Host, so that the registry sends it to us for what comes next.
+        connection.request(self._handler.command, self._handler.path, self._body(), sent)
         answer = connection.getresponse()
         self._handler.send_response(answer.status)
         for key, value in answer.getheaders():
@@ -87,6 +89,10 @@ class Exchange:
                 break
             self.write(change(piece))
             left = None if left is None else left - len(piece)
+
+    def _body(self) -> bytes | None:
+        length = self._handler.headers.get("Content-Length")
+        return self._handler.rfile.read(int(length)) if length else None
 
     def cut(self) -> None:
         """End the connection as a crash would."""
@@ -245,12 +251,14 @@ class Proxy:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                proxy.seen.append(Seen(self.path, dict(self.headers.items())))
+                proxy.seen.append(Seen(self.path, dict(self.headers.items()), self.command))
                 fault = proxy._fault(self.path)
                 try:
                     fault(Exchange(self, proxy.upstream, proxy._over))
                 except OSError:
                     self.close_connection = True  # the client has gone, as some tests want
+
+            do_HEAD = do_POST = do_PUT = do_GET
 
             def log_message(self, format: str, *args: object) -> None:
                 pass

@@ -11,6 +11,7 @@ from typing import Any
 
 import requests
 
+from store.config import StoreConfig
 from tests.support.layouts import Descriptor, OciLayout
 from tests.support.tokens import TokenServer, make_certificate
 from tools.registry import free_port
@@ -19,6 +20,15 @@ USER = "ada"
 PASSWORD = "correct horse"
 # bcrypt of PASSWORD, the only kind that the registry takes, at the lowest cost.
 _HTPASSWD = f"{USER}:$2b$04$abcdefghijklmnopqrstuujydOTSfIH/d5oUHpsygqV5X9xJLQc6e\n"
+
+
+def log_in(config: StoreConfig, host: str, **entry: str) -> None:
+    """Leave credentials for a host where `config` has docker's, as `docker login` does."""
+    assert config.docker_config
+    directory = Path(config.docker_config)
+    directory.mkdir(exist_ok=True)
+    found = {"username": USER, "password": PASSWORD} | entry
+    (directory / "config.json").write_text(json.dumps({"auths": {host: found}}))
 
 
 @dataclass
