@@ -64,9 +64,6 @@ class _Pending:
     error: StoreError | None = None
 
 
-_Batch = dict[int, _Pending]  # by the numbers of the spans
-
-
 class Fetcher:
     """Fetches for one layer.
 
@@ -203,55 +200,54 @@ class Fetcher:
         """Ask for what is neither here nor on its way, in as few requests as possible; what is
         waited for then."""
         started: list[_Pending] = []
-        batch: _Batch = {}
+        run: dict[int, _Pending] = {}
         for number in spans:
             if not self.layer.has(number) and number not in self._pending:
-                batch[number] = self._pending[number] = _Pending()
-            elif batch:
-                self._nursery.start_soon(self._run, batch, limiter)
-                started += batch.values()
-                batch = {}
-        if batch:
-            self._nursery.start_soon(self._run, batch, limiter)
-            started += batch.values()
+                run[number] = self._pending[number] = _Pending()
+                started.append(run[number])
+            elif run:
+                self._nursery.start_soon(self._run, run, limiter)
+                run = {}
+        if run:
+            self._nursery.start_soon(self._run, run, limiter)
         return started
 
-    async def _run(self, batch: _Batch, limiter: trio.CapacityLimiter) -> None:
-        """Bring neighbouring spans."""
+    async def _run(self, wanted: dict[int, _Pending], limiter: trio.CapacityLimiter) -> None:
+        """One request: for spans without a gap, and for what comes unasked for from a registry
+        that sends whole blobs, which is added."""
         error: StoreError | None = None
-        # What comes unasked for as well, from a registry that sends whole blobs.
-        promised: _Batch = {}
+        numbers = list(wanted)
         try:
             async with limiter:
-                await self._transfer(range(min(batch), max(batch) + 1), promised)
+                await self._transfer(range(numbers[0], numbers[-1] + 1), wanted)
         except StoreError as failure:
             error = failure
             log.debug("%s: %s", self.layer.diff_id, failure.sentence)
         except OSError as failure:
             error = StoreError(f"a layer can't be fetched: {failure}", errno=failure.errno)
         finally:
-            for number, pending in (batch | promised).items():
-                self._settle(number, pending, error)
+            for number, pending in wanted.items():
+                # Another request may have the span by now, if it was forgotten again.
+                if self._pending.get(number) is pending:
+                    self._settle(number, error)
 
-    def _promise(self, spans: range) -> _Batch:
+    def _promise(self, spans: range) -> dict[int, _Pending]:
         """Note that spans are on their way; those that were not."""
         fresh = [n for n in spans if n not in self._pending and not self.layer.has(n)]
-        batch = {number: _Pending() for number in fresh}
-        self._pending.update(batch)
-        return batch
+        promised = {number: _Pending() for number in fresh}
+        self._pending.update(promised)
+        return promised
 
-    def _settle(self, number: int, pending: _Pending, error: StoreError | None) -> None:
-        """A span has come, or will not; unless that was known, and it may be on its way again."""
-        if self._pending.get(number) is not pending:
-            return
-        del self._pending[number]
-        if not self.layer.has(number):
-            pending.error = error or ConnectionLost("a request was given up")
-        pending.arrived.set()
-        if not self._pending and self.layer.whole:
-            self._whole()
+    def _settle(self, number: int, error: StoreError | None) -> None:
+        pending = self._pending.pop(number, None)
+        if pending is not None:
+            if not self.layer.has(number):
+                pending.error = error or ConnectionLost("a request was given up")
+            pending.arrived.set()
+            if not self._pending and self.layer.whole:
+                self._whole()
 
-    async def _transfer(self, spans: range, promised: _Batch) -> None:
+    async def _transfer(self, spans: range, pending: dict[int, _Pending]) -> None:
         gone = threading.Event()
         streams: list[BlobStream] = []
 
@@ -261,7 +257,7 @@ class Fetcher:
                 stream.abort()
 
         def promise(more: range) -> None:
-            promised.update(trio.from_thread.run_sync(self._promise, more))
+            pending.update(trio.from_thread.run_sync(self._promise, more))
 
         def work() -> None:
             for wanted in self._without_borrowed(spans):
@@ -301,9 +297,8 @@ class Fetcher:
 
     def _wake(self, numbers: list[int]) -> None:
         for number in numbers:
-            pending = self._pending.get(number)
-            if pending is not None and self.layer.has(number):  # it may have been forgotten since
-                self._settle(number, pending, None)
+            if self.layer.has(number):  # it may have been forgotten since
+                self._settle(number, None)
 
 
 class _Intake:
