@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import trio
 
 from runtime import fanotify
@@ -185,8 +186,6 @@ class LayerServer:
             if known.layer.is_in(directory):
                 return known
             del self._fetchers[diff_id]
-            if lazy.is_complete(directory):
-                return None
         if not directory.is_dir():
             raise BlobNotFound(f"the layer {diff_id} is not here; pull the image again")
         if await trio.to_thread.run_sync(lazy.settle, directory, self._cas):
@@ -278,7 +277,12 @@ class LayerServer:
                 line = await _line(stream)
                 if not line:
                     return
-                request = protocol.decode_request(line)
+                try:
+                    request = protocol.decode_request(line)
+                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                    refused = Failure(f"the layer server does not know this: {error}", errno.EINVAL)
+                    await stream.send_all(protocol.encode(refused))
+                    return
                 if isinstance(request, Listen):
                     await self._send_news(stream)
                 else:
@@ -320,6 +324,7 @@ class LayerServer:
                     self._filler.fill = config.lazy.fill
                     self._filler.rate = config.lazy.fill_rate
                     self._config = config
+                    self._filler.wake()
                 case End():
                     if self._serving.in_use:
                         raise LayersInUse("layers are in use, so their server goes on")
@@ -350,14 +355,15 @@ class LayerServer:
             for spans in _spans(fetcher, ranges):
                 await fetcher.need(spans)
             return
-        while not layer.whole:
-            first = layer.next_absent(0)
-            stop = min(layer.next_present(first), first + _BATCH)
-            await fetcher.need(range(first, stop))
         while not layer.complete:
             if fetcher.refused:
                 raise CorruptContent(fetcher.refused)
-            await trio.sleep(0.01)
+            if layer.whole:
+                await trio.sleep(0.01)  # it is being verified, and may lack something then
+                continue
+            first = layer.next_absent(0)
+            stop = min(layer.next_present(first), first + _BATCH)
+            await fetcher.need(range(first, stop))
 
     def _report(self) -> Report:
         layers: dict[str, tuple[int, int]] = {
