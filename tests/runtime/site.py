@@ -114,7 +114,9 @@ class Site:
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     """Wait for something."""
     with trio.fail_after(seconds):
-        while not condition():
+        while True:
+            if condition():
+                return
             await trio.sleep(0.01)
 
 

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import trio
 
+from runtime import linux
 from runtime.layerserver import protocol, server
 from runtime.layerserver.client import LayerServerFailed
 from runtime.layerserver.protocol import (
@@ -33,7 +34,6 @@ from runtime.layerserver.protocol import (
 )
 from runtime.layerserver.server import LayerServer
 from runtime.rootfs import mount_file
-from runtime import linux
 from store import lazy as lazy_layer
 from store.cas import Digest
 from store.config import StoreConfig
@@ -154,7 +154,7 @@ async def test_what_it_answers(tmp_path: Path, front: Proxy, name: str, method: 
         assert report.pid == int((site.run / protocol.PID_FILE).read_text())
         device = await site.client.device(DIFF_ID)
         assert device.served == (method == "fuse")
-        assert Path(device.path).stat().st_size == site.store.layers.present(DIFF_ID).data_size
+        assert os.stat(device.path).st_size == site.store.layers.present(DIFF_ID).data_size
         before = bytes_asked(front)
         await site.client.fetch(DIFF_ID, ((0, 100),))
         assert before < bytes_asked(front) < before + 2 * CHUNK
