@@ -91,6 +91,7 @@ class LayerServer:
         self._fetchers: dict[Digest, Fetcher] = {}
         self._serving, self._why = _choose(root, run, config, self._by_name)
         self._lender = Lender(self._layers, self._cas, self._lazy_layer)
+        self._completing = trio.Lock()
         self._listeners: set[trio.MemorySendChannel[News]] = set()
         self._configure(config)
 
@@ -236,20 +237,33 @@ class LayerServer:
             log.info("fetching what is wanted first of %s: %s", fetcher.layer.diff_id, error)
 
     async def _finish(self, fetcher: Fetcher) -> None:
-        diff_id = fetcher.layer.diff_id
+        """Complete a whole layer when there is time; a disk that is full is waited for."""
         try:
-            await complete(fetcher, self._cas)
+            await self._complete(fetcher)
         except (StorageFailed, OSError) as error:
-            log.error("the layer %s can't be completed: %s", diff_id, error)
+            log.error("the layer %s can't be completed: %s", fetcher.layer.diff_id, error)
             await trio.sleep(_GRACE_SECONDS)
         except PullCancelled:
             return
-        if fetcher.layer.complete:
+
+    async def _complete(self, fetcher: Fetcher) -> None:
+        """Complete a whole layer, unless somebody else has.
+
+        Raises:
+            StorageFailed, OSError: the disk failed.
+            PullCancelled: the caller was cancelled.
+        """
+        layer = fetcher.layer
+        async with self._completing:
+            if layer.complete or fetcher.refused or not layer.whole:
+                return
+            await complete(fetcher, self._cas)
+        if layer.complete:
             self._serving.completed(fetcher)
-            self._tell(News("complete", diff_id))
+            self._tell(News("complete", layer.diff_id))
         elif fetcher.refused:
-            log.error("the layer %s: %s", diff_id, fetcher.refused)
-            self._tell(News("refused", diff_id, fetcher.refused))
+            log.error("the layer %s: %s", layer.diff_id, fetcher.refused)
+            self._tell(News("refused", layer.diff_id, fetcher.refused))
 
     def _failed(self, diff_id: Digest, error: StoreError) -> None:
         kind: protocol.Kind = "attack" if isinstance(error, DigestMismatch) else "failed"
@@ -359,7 +373,7 @@ class LayerServer:
             if fetcher.refused:
                 raise CorruptContent(fetcher.refused)
             if layer.whole:
-                await trio.sleep(0.01)  # it is being verified, and may lack something then
+                await self._complete(fetcher)  # after which it may lack something
                 continue
             first = layer.next_absent(0)
             stop = min(layer.next_present(first), first + _BATCH)
