@@ -42,6 +42,7 @@ class Order:
         # By what they delete, and by the directory whose old content they hide.
         self._whiteouts: dict[bytes, int] = {}
         self._opaque: dict[bytes, int] = {}
+        self._directories: set[bytes] = set()
         for i, member in enumerate(self._members):
             self._check(i, member.entry)
 
@@ -61,15 +62,23 @@ class Order:
                     "comes before it in the same layer"
                 )
         parent, _, name = path.rpartition(b"/")
+        if parent not in self._directories:
+            self._check_parents(path)
+            self._directories.add(parent)
         if name == _OPAQUE:
             self._opaque[parent] = i
         elif name.startswith(_WHITEOUT):
             deleted = name[len(_WHITEOUT) :]
             self._whiteouts[parent + b"/" + deleted if parent else deleted] = i
 
-    def has(self, path: bytes) -> bool:
-        """Whether the layer has something of this name."""
-        return path in self._index
+    def _check_parents(self, path: bytes) -> None:
+        for above in _parents(path):
+            i = self._index.get(above)
+            if i is not None and not stat.S_ISDIR(self._members[i].entry.mode):
+                raise NotLazy(
+                    f"{shown(path)} leads through {shown(above)}, which is no directory in the "
+                    "same layer"
+                )
 
     def split(self, first: Sequence[bytes]) -> tuple[list[Member], list[Member]]:
         """The entries that go first, and the rest in the archive's order.
@@ -141,7 +150,7 @@ def _unique(members: Iterable[Member]) -> list[Member]:
             both = stat.S_ISDIR(entry.mode), stat.S_ISDIR(earlier.entry.mode)
             if any(both) != all(both) or path in links:
                 raise NotLazy(f"{shown(path)} is there twice, as different things")
-            if not any(both):
+            if not any(both) or path.rpartition(b"/")[2].startswith(_WHITEOUT):
                 del found[path]
         if not entry.mode:
             links.add(entry.link)
