@@ -54,6 +54,8 @@ class Order:
                     f"{shown(path)} has a name that is not in UTF-8, which tables of contents "
                     "can't hold"
                 )
+        if _deletes(path.rpartition(b"/")[0]) or (not entry.mode and _deletes(entry.link)):
+            raise NotLazy(f"{shown(path)} depends on a name that only deletes another")
         if not entry.mode:
             target = self._index.get(entry.link, i)
             if target >= i or stat.S_ISDIR(self._members[target].entry.mode):
@@ -121,6 +123,11 @@ class Order:
                     yield needed[above]
         if self._whiteouts.get(path, i) < i:
             yield self._whiteouts[path]
+
+
+def _deletes(path: bytes) -> bool:
+    """Whether a part of the path is the name of a whiteout."""
+    return path.startswith(_WHITEOUT) or b"/" + _WHITEOUT in path
 
 
 def _parents(path: bytes) -> Iterator[bytes]:

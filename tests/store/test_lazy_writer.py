@@ -326,6 +326,8 @@ UNFIT = {
     "'/b' is there twice": [entry(b"b"), directory(b"b/")],
     "'/l/f' leads through '/l'": [entry(b"l", b"2", link=b"d"), entry(b"l/f")],
     "'/x/y/z' leads through '/x'": [entry(b"x/y/z"), entry(b"x")],
+    "'/.wh.d/f' depends on a name": [entry(b".wh.d/f")],
+    "'/l' depends on a name": [entry(b"d/.wh.f"), entry(b"l", b"1", link=b"d/.wh.f")],
     "'/old' has a time": [entry(b"old", mtime=-(1 << 60))],
     "'/new' has a time": [entry(b"new", mtime=1 << 60)],
 }
