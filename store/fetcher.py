@@ -275,7 +275,8 @@ class Fetcher:
 
     def _without_borrowed(self, spans: range) -> Iterator[range]:
         """What is left to ask a registry for after what other layers have."""
-        if not self._lender.can_lend(self.layer):
+        # What was borrowed may have been what was wrong.
+        if self.doubted or not self._lender.can_lend(self.layer):
             yield spans
             return
         first: int | None = None

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 _UNSET = bytes(32)
 
+# Every image has the chunk of an empty line; one of so many layers will be able to lend it.
+_MANY = 8
+
 # Kinds of failures that say that the file is none of ours (sqlite.org/rescode.html).
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -59,15 +62,14 @@ class Pieces:
             return found.fetchone() is not None
         return False
 
-    def find(self, digest: bytes, besides: str) -> tuple[str, int] | None:
-        """A layer that has a chunk, other than ``besides``, and the number of the span in it."""
+    def find(self, digest: bytes, besides: str) -> list[tuple[str, int]]:
+        """Some layers that have a chunk, other than ``besides``, and the numbers of its spans."""
         with self._failures():
-            row = self._connection.execute(
-                "SELECT layer, span FROM pieces WHERE digest = ? AND layer != ? LIMIT 1",
-                (digest, besides),
-            ).fetchone()
-            return (row[0], row[1]) if row else None
-        return None
+            return self._connection.execute(
+                "SELECT layer, span FROM pieces WHERE digest = ? AND layer != ? LIMIT ?",
+                (digest, besides, _MANY),
+            ).fetchall()
+        return []
 
     def forget(self, layer: str) -> None:
         """Take out a layer that is not here any more."""
