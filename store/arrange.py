@@ -86,13 +86,13 @@ class Order:
         """The entries that go first, and the rest in the archive's order.
 
         Args:
-            first: paths of regular files, clean, in the order of their use. What the layer
-                does not have, and what is not a file, is left out.
+            first: clean paths of regular files, in the order of their use. What the layer does
+                not have, and what no container can have opened, is left out.
         """
         taken: dict[int, None] = {}
         for path in first:
             i = self._index.get(path)
-            if i is not None and self._is_file(i):
+            if i is not None and self._is_file(i) and not _deletes(path):
                 self._take(i, taken)
         rest = [member for i, member in enumerate(self._members) if i not in taken]
         return [self._members[i] for i in taken], rest
