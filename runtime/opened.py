@@ -31,6 +31,9 @@ _OVERFLOW = 0x4000
 _EVENT = struct.Struct("=IBBHQii")
 _BUFFER = 64 << 10
 
+# What the kernel puts behind the path of a file that was deleted meanwhile.
+_DELETED = " (deleted)"
+
 # A desktop session opens some thousand files at its start; the record is in memory until it ends.
 MAX_PATHS = 10_000
 # As long as paths can be, on average far less.
@@ -99,10 +102,12 @@ class Recording:
         with suppress(OSError):
             path = os.readlink(f"/proc/self/fd/{descriptor}")
             # Opened by the host's path for the root filesystem, or in the container's own mounts.
-            path = path.removeprefix(self._prefix)
+            path = path.removeprefix(self._prefix).removesuffix(_DELETED)
             if path in self._paths or not path.startswith("/") or "\n" in path:
                 return
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            status = os.fstat(descriptor)
+            # One without a name was the container's own, and is gone.
+            if stat.S_ISREG(status.st_mode) and status.st_nlink:
                 self._paths[path] = None
                 self._bytes += len(path)
 

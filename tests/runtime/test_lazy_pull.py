@@ -179,6 +179,34 @@ async def test_a_damaged_index_is_dropped(
         assert whole(site) == honest(tmp_path)
 
 
+async def test_what_was_opened_first_comes_with_the_next_pull(
+    tmp_path: Path, registry: Registry, layout: OciLayout, front: Proxy, name: str
+) -> None:
+    files = {b"f%d" % n: noise(n, 100_000) for n in range(20)}
+    archive = tars.archive(*(tars.entry(path, data=data) for path, data in files.items()))
+    upper = tars.archive(tars.entry(b"link", b"2", link=b"f7"), tars.entry(b".wh.f9"))
+    blobs = converted([archive, upper])
+    pushed = push_blobs(registry, layout, name, blobs)
+    site = Site(tmp_path, "fuse")  # else looking into the data file would fetch
+    async with site.opened():
+        image = await site.pull(f"{front.host}/{pushed}")
+        site.store.opened.put(image.digest, ["/f3", "/none", "/link", "/f9", "/f12"])
+        site.forget(image)
+        image = await site.pull(f"{front.host}/{pushed}")
+        data = site.store.layers.present(image.diff_ids[0]).directory / "data"
+
+        def is_here(path: bytes) -> bool:
+            ((offset, size),) = site.store.locate(image, os.fsdecode(path))[image.diff_ids[0]]
+            with data.open("rb") as file:
+                return os.pread(file.fileno(), size, offset) == files[path]
+
+        await until(lambda: all(is_here(path) for path in (b"f3", b"f7", b"f12")))
+        others = set(files) - {b"f3", b"f7", b"f12", b"f9"}
+        assert not any(map(is_here, others))
+        percent = site.store.percent(image)
+        assert percent is not None and percent < 25
+
+
 # --- indexes of others -------------------------------------------------------------------
 
 
