@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import linux
+from runtime import fanotify, linux
 from runtime.cgroups import layout
 from runtime.config import RuntimeConfig
 from runtime.errors import RuntimeFailure
@@ -23,6 +23,7 @@ from store.tree import Directory
 _OLDEST_KERNEL = (5, 16)
 # /tmp is a tmpfs on many machines, from whose files EROFS cannot be mounted.
 _ON_DISK = "/var/tmp"
+_PRE_CONTENT = "fanotify pre-content events"
 _CAP_SYS_ADMIN = 21
 _CAP_SYS_RESOURCE = 24
 
@@ -61,6 +62,7 @@ def checks(config: RuntimeConfig | None = None) -> list[Check]:
         from_files,
         _erofs("EROFS from loop devices", mount_loop, required=not from_files.ok),
         _overlay(),
+        _pre_content(),
         _cgroups(),
         _seccomp(),
         _program(config.conmon, required=True),
@@ -73,12 +75,13 @@ def checks(config: RuntimeConfig | None = None) -> list[Check]:
 def report(config: RuntimeConfig | None = None) -> dict[str, object]:
     """The same for programs, as in info.json."""
     found = checks(config)
-    methods = {c.name: c.ok for c in found if c.name.startswith("EROFS")}
+    methods = {c.name: c.ok for c in found}
     return {
         "kernel": os.uname().release,
         "architecture": os.uname().machine,
         "cgroups": layout(),
         "layer_mounts": "file" if methods["EROFS from files"] else "loop",
+        "layer_serving": "fanotify" if methods[_PRE_CONTENT] else "fuse",
         "features": {
             c.name: {
                 "ok": c.ok,
@@ -152,6 +155,19 @@ def _overlay() -> Check:
     ok, found = _attempt(attempt)
     advice = "load it: `modprobe overlay`; its upper directory cannot lie on overlayfs or NFS"
     return Check("overlayfs", ok, True, found, advice)
+
+
+def _pre_content() -> Check:
+    why = fanotify.available(Path(_ON_DISK))
+    return Check(
+        _PRE_CONTENT,
+        why is None,
+        False,
+        why or "works",
+        "without them incomplete layers are served with FUSE, and a container that runs on one has"
+        " to be started again after its layer server was killed; they need Linux 6.14 and ext4,"
+        " XFS or Btrfs",
+    )
 
 
 def _attempt(function: Callable[[Path], None]) -> tuple[bool, str]:

@@ -42,6 +42,7 @@ class Order:
         # By what they delete, and by the directory whose old content they hide.
         self._whiteouts: dict[bytes, int] = {}
         self._opaque: dict[bytes, int] = {}
+        self._directories: set[bytes] = set()
         for i, member in enumerate(self._members):
             self._check(i, member.entry)
 
@@ -53,6 +54,8 @@ class Order:
                     f"{shown(path)} has a name that is not in UTF-8, which tables of contents "
                     "can't hold"
                 )
+        if _deletes(path.rpartition(b"/")[0]) or (not entry.mode and _deletes(entry.link)):
+            raise NotLazy(f"{shown(path)} depends on a name that only deletes another")
         if not entry.mode:
             target = self._index.get(entry.link, i)
             if target >= i or stat.S_ISDIR(self._members[target].entry.mode):
@@ -61,27 +64,35 @@ class Order:
                     "comes before it in the same layer"
                 )
         parent, _, name = path.rpartition(b"/")
+        if parent not in self._directories:
+            self._check_parents(path)
+            self._directories.add(parent)
         if name == _OPAQUE:
             self._opaque[parent] = i
         elif name.startswith(_WHITEOUT):
             deleted = name[len(_WHITEOUT) :]
             self._whiteouts[parent + b"/" + deleted if parent else deleted] = i
 
-    def has(self, path: bytes) -> bool:
-        """Whether the layer has something of this name."""
-        return path in self._index
+    def _check_parents(self, path: bytes) -> None:
+        for above in _parents(path):
+            i = self._index.get(above)
+            if i is not None and not stat.S_ISDIR(self._members[i].entry.mode):
+                raise NotLazy(
+                    f"{shown(path)} leads through {shown(above)}, which is no directory in the "
+                    "same layer"
+                )
 
     def split(self, first: Sequence[bytes]) -> tuple[list[Member], list[Member]]:
         """The entries that go first, and the rest in the archive's order.
 
         Args:
-            first: paths of regular files, clean, in the order of their use. What the layer
-                does not have, and what is not a file, is left out.
+            first: clean paths of regular files, in the order of their use. What the layer does
+                not have, and what no container can have opened, is left out.
         """
         taken: dict[int, None] = {}
         for path in first:
             i = self._index.get(path)
-            if i is not None and self._is_file(i):
+            if i is not None and self._is_file(i) and not _deletes(path):
                 self._take(i, taken)
         rest = [member for i, member in enumerate(self._members) if i not in taken]
         return [self._members[i] for i in taken], rest
@@ -114,6 +125,11 @@ class Order:
             yield self._whiteouts[path]
 
 
+def _deletes(path: bytes) -> bool:
+    """Whether a part of the path is the name of a whiteout."""
+    return path.startswith(_WHITEOUT) or b"/" + _WHITEOUT in path
+
+
 def _parents(path: bytes) -> Iterator[bytes]:
     """The directories above, the root first."""
     if path:
@@ -141,7 +157,7 @@ def _unique(members: Iterable[Member]) -> list[Member]:
             both = stat.S_ISDIR(entry.mode), stat.S_ISDIR(earlier.entry.mode)
             if any(both) != all(both) or path in links:
                 raise NotLazy(f"{shown(path)} is there twice, as different things")
-            if not any(both):
+            if not any(both) or path.rpartition(b"/")[2].startswith(_WHITEOUT):
                 del found[path]
         if not entry.mode:
             links.add(entry.link)

@@ -85,7 +85,7 @@ def convert(
         layer, diff_id = found.manifest.layers[i], found.config.diff_ids[i]
         layers.append(conversion.layer(layer, diff_id, missing, f"layer {i + 1} of {count}"))
     if missing:
-        watcher.note(f"{len(missing)} files of the trace are not in the image")
+        watcher.note(f"files of the trace that the image does not have: {len(missing)}")
     return conversion.documents(found, layers[::-1])
 
 

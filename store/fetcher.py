@@ -200,42 +200,43 @@ class Fetcher:
         """Ask for what is neither here nor on its way, in as few requests as possible; what is
         waited for then."""
         started: list[_Pending] = []
-        first: int | None = None
+        run: dict[int, _Pending] = {}
         for number in spans:
-            wanted = not self.layer.has(number) and number not in self._pending
-            if wanted:
-                pending = self._pending[number] = _Pending()
-                started.append(pending)
-                if first is None:
-                    first = number
-            elif first is not None:
-                self._nursery.start_soon(self._run, range(first, number), limiter)
-                first = None
-        if first is not None:
-            self._nursery.start_soon(self._run, range(first, spans[-1] + 1), limiter)
+            if not self.layer.has(number) and number not in self._pending:
+                run[number] = self._pending[number] = _Pending()
+                started.append(run[number])
+            elif run:
+                self._nursery.start_soon(self._run, run, limiter)
+                run = {}
+        if run:
+            self._nursery.start_soon(self._run, run, limiter)
         return started
 
-    async def _run(self, spans: range, limiter: trio.CapacityLimiter) -> None:
+    async def _run(self, wanted: dict[int, _Pending], limiter: trio.CapacityLimiter) -> None:
+        """One request: for spans without a gap, and for what comes unasked for from a registry
+        that sends whole blobs, which is added."""
         error: StoreError | None = None
-        # What comes unasked for as well, from a registry that sends whole blobs.
-        promised: list[int] = []
+        numbers = list(wanted)
         try:
             async with limiter:
-                await self._transfer(spans, promised)
+                await self._transfer(range(numbers[0], numbers[-1] + 1), wanted)
         except StoreError as failure:
             error = failure
             log.debug("%s: %s", self.layer.diff_id, failure.sentence)
         except OSError as failure:
             error = StoreError(f"a layer can't be fetched: {failure}", errno=failure.errno)
         finally:
-            for number in (*spans, *promised):
-                self._settle(number, error)
+            for number, pending in wanted.items():
+                # Another request may have the span by now, if it was forgotten again.
+                if self._pending.get(number) is pending:
+                    self._settle(number, error)
 
-    def _promise(self, spans: range) -> list[int]:
+    def _promise(self, spans: range) -> dict[int, _Pending]:
         """Note that spans are on their way; those that were not."""
         fresh = [n for n in spans if n not in self._pending and not self.layer.has(n)]
-        self._pending.update((number, _Pending()) for number in fresh)
-        return fresh
+        promised = {number: _Pending() for number in fresh}
+        self._pending.update(promised)
+        return promised
 
     def _settle(self, number: int, error: StoreError | None) -> None:
         pending = self._pending.pop(number, None)
@@ -246,7 +247,7 @@ class Fetcher:
             if not self._pending and self.layer.whole:
                 self._whole()
 
-    async def _transfer(self, spans: range, promised: list[int]) -> None:
+    async def _transfer(self, spans: range, pending: dict[int, _Pending]) -> None:
         gone = threading.Event()
         streams: list[BlobStream] = []
 
@@ -256,7 +257,7 @@ class Fetcher:
                 stream.abort()
 
         def promise(more: range) -> None:
-            promised.extend(trio.from_thread.run_sync(self._promise, more))
+            pending.update(trio.from_thread.run_sync(self._promise, more))
 
         def work() -> None:
             for wanted in self._without_borrowed(spans):
@@ -274,7 +275,8 @@ class Fetcher:
 
     def _without_borrowed(self, spans: range) -> Iterator[range]:
         """What is left to ask a registry for after what other layers have."""
-        if not self._lender.can_lend(self.layer):
+        # What was borrowed may have been what was wrong.
+        if self.doubted or not self._lender.can_lend(self.layer):
             yield spans
             return
         first: int | None = None

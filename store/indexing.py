@@ -100,7 +100,8 @@ class Indexer:
         """Index what is wanted, until cancelled."""
         async for wanted in self._receive:
             await trio.sleep(_QUIET_SECONDS)
-            if self._has(wanted.descriptor):
+            gone = not self._store.cas.contains(wanted.descriptor.content)
+            if gone or self._has(wanted.descriptor):
                 continue
             try:
                 await self._index(wanted)

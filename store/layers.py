@@ -159,7 +159,7 @@ class Layers:
     def usable(self, diff_id: Digest) -> bool:
         """Whether the layer is here with all its files; looks at them."""
         try:
-            self._present(diff_id)
+            self.present(diff_id)
         except CorruptContent as error:
             logger.warning("%s", error.sentence)
             return False
@@ -293,13 +293,17 @@ class Layers:
             InvalidLayer: the layers don't fit together, as when a hard link's target is nowhere.
             StoreError: the disk is full or failed, with its errno.
         """
-        stack = _Stack([self._present(diff_id) for diff_id in diff_ids])
+        stack = _Stack([self.present(diff_id) for diff_id in diff_ids])
         for position in range(len(diff_ids)):
             stack.images.append(self._image(stack, position))
         return tuple(stack.images)
 
-    def _present(self, diff_id: Digest) -> Layer:
-        """The layer, after a look at its files: their sizes tell what power cuts and people do."""
+    def present(self, diff_id: Digest) -> Layer:
+        """The layer, after a look at its files: their sizes tell what power cuts and people do.
+
+        Raises:
+            CorruptContent: it is missing or damaged.
+        """
         layer = self.get(diff_id)
         if layer is None:
             state = "damaged" if diff_id in self._damaged else "missing"

@@ -373,6 +373,8 @@ class LazyLayer:
         with storage(f"completing the layer in {self.directory}"):
             os.fsync(self.data_fd)
             cas.adopt(self.record.blob.content, self._blob, self.directory / "blob")
+            # Nobody reads the blob: it need not stay in memory beside what is read.
+            os.posix_fadvise(self._blob, 0, 0, os.POSIX_FADV_DONTNEED)
             _mark_complete(self.directory)
         self.complete = True
 

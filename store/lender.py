@@ -14,7 +14,7 @@ from pathlib import Path
 
 from store import lazy
 from store.cas import Cas
-from store.errors import CorruptContent, DigestMismatch, StoreError
+from store.errors import CorruptContent, DigestMismatch
 from store.lazy import LazyLayer
 from store.pieces import Pieces
 from store.spans import SpanTable
@@ -44,28 +44,29 @@ class Lender:
         return self._pieces.others(layer.directory.name)
 
     def lend(self, layer: LazyLayer, number: int) -> bool:
-        """Give a layer a span that it lacks; whether that was possible. Blocks."""
+        """Give a layer a span that it lacks; whether that was possible. Blocks.
+
+        Raises:
+            StorageFailed: it could not be written.
+        """
         span = layer.table.span(number)
         if not span.count:
             return False
         digest = layer.table.piece(span.first).digest
-        found = self._pieces.find(digest, layer.directory.name)
-        if found is None:
-            return False
-        name, other = found
-        with suppress(StoreError, OSError):
-            blob = self._read(name, other, span.end - span.start)
-            if blob is not None:
-                with suppress(DigestMismatch):
-                    layer.take(number, memoryview(blob), borrowed=True)
-                    return True
+        for name, other in self._pieces.find(digest, layer.directory.name):
+            with suppress(CorruptContent, OSError):  # the other layer may be going just now
+                blob = self._read(name, other, span.end - span.start)
+                if blob is not None:
+                    with suppress(DigestMismatch):
+                        layer.take(number, memoryview(blob), borrowed=True)
+                        return True
         return False
 
     def _read(self, name: str, number: int, length: int) -> bytes | None:
         """The bytes of a span of another layer, if there are so many and they are here."""
         opened = self._opened(name)
         if opened is not None and not opened.complete:
-            start, end = opened.table.range_of(number)
+            start, end = self._range(name, number, opened.table)
             return opened.read_blob(number) if end - start == length else None
         directory = self._layers / name
         if not directory.is_dir():
@@ -75,9 +76,7 @@ class Lender:
             return None
         table = SpanTable(directory / "spans")
         try:
-            if number >= table.spans:
-                raise CorruptContent(f"{directory} has other spans than it had")
-            start, end = table.range_of(number)
+            start, end = self._range(name, number, table)
         finally:
             table.close()
         if end - start != length:
@@ -89,6 +88,13 @@ class Lender:
             return os.pread(descriptor, length, start)
         finally:
             os.close(descriptor)
+
+    def _range(self, name: str, number: int, table: SpanTable) -> tuple[int, int]:
+        """Where a span is in its blob; an empty range if the layer was made anew with others."""
+        if number < table.spans:
+            return table.range_of(number)
+        self._pieces.forget(name)
+        return 0, 0
 
     def close(self) -> None:
         """Close the index."""

@@ -16,7 +16,8 @@ class Opened:
         """Absolute paths in the image, in the order of their first use; empty if unknown."""
         with self._database.transaction() as cursor:
             row = cursor.execute("SELECT paths FROM opened WHERE digest = ?", (digest,)).fetchone()
-        return row[0].decode("utf-8", "surrogateescape").split("\n") if row else []
+        text = row[0].decode("utf-8", "surrogateescape") if row else ""
+        return text.split("\n") if text else []
 
     def put(self, digest: Digest, paths: Sequence[str]) -> None:
         """Remember what a container opened, instead of what another did before.

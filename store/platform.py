@@ -32,7 +32,7 @@ _ARCHITECTURES = {
 _ARM_32 = ("v8", "v7", "v6", "v5")
 
 
-class Platform(msgspec.Struct, frozen=True):
+class Platform(msgspec.Struct, frozen=True, omit_defaults=True):
     """Operating system, architecture and variant, as they stand in image documents."""
 
     os: str = ""

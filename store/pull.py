@@ -196,7 +196,15 @@ class Pulls:
                 await self._fill(lazily, image)
             image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
             await to_end(lambda: self._store.images.put(image))
+        self._have_indexed(wanted)
         return image
+
+    def _have_indexed(self, layers: Sequence[tuple[Descriptor, Digest]]) -> None:
+        """Ordinary layers that were pulled in full can be lazy the next time."""
+        for layer, diff_id in layers:
+            in_full = self._store.cas.contains(layer.content)
+            if self._indexing is not None and in_full and not is_announced(layer):
+                self._indexing.want(layer, diff_id)
 
     async def _make_mountable(self, image: Image) -> None:
         """Layers that don't fit together are found out now, and what it takes to mount them
@@ -305,8 +313,6 @@ class Pulls:
             store.cas, store.layers, store.config.patience, source, layer, diff_id, state, not_lazy
         )
         await transfer.run()
-        if self._indexing is not None and not is_announced(layer):
-            self._indexing.want(layer, diff_id)
 
     @asynccontextmanager
     async def _alone(self, key: str) -> AsyncIterator[None]:

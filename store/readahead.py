@@ -22,8 +22,10 @@ STREAMS = 16
 
 @dataclass(slots=True)
 class _Stream:
-    """Blob offsets: ``end`` of what was asked for, ``trigger`` when to ask for more."""
+    """Blob offsets: ``start`` of the farthest read, ``end`` of what was asked for, ``trigger``
+    when to ask for more; and ``length``, how much that was."""
 
+    start: int
     end: int
     trigger: int
     length: int
@@ -45,11 +47,15 @@ class ReadAhead:
         start, _ = self._table.range_of(first)
         _, end = self._table.range_of(last)
         for stream in self._streams:
-            if stream.end - stream.length <= start <= stream.end + stream.length:
-                if end < stream.trigger:
+            if stream.start - stream.length <= start <= stream.end + stream.length:
+                # The one that was used last is forgotten last.
+                self._streams.remove(stream)
+                self._streams.append(stream)
+                stream.start = max(start, stream.start)
+                if end <= stream.trigger:
                     return range(0)
                 return self._extend(stream, max(end, stream.end))
-        self._streams.append(_Stream(end, end, FIRST_BYTES))
+        self._streams.append(_Stream(start, end, end, FIRST_BYTES))
         return range(0)
 
     def _extend(self, stream: _Stream, start: int) -> range:

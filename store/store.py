@@ -107,26 +107,30 @@ class Store:
 
         Raises:
             ImageNotFound: the image has no such path.
-            CorruptContent: a layer is damaged.
+            CorruptContent: a layer is missing or damaged.
         """
-        return Contents(self._layers_of(image)).ranges(path)
+        return self._contents(image).ranges(path)
 
     def wanted_first(self, image: Image) -> Ranges:
         """Where the contents are that containers of an image opened first. Blocks.
 
         Raises:
-            CorruptContent: a layer is damaged.
+            CorruptContent: a layer is missing or damaged.
         """
         paths = self.opened.get(image.digest)
         if not paths:
             return {}
-        contents = Contents(self._layers_of(image))
+        contents = self._contents(image)
         wanted: Ranges = {}
         for path in paths:
             with suppress(ImageNotFound):  # the container made it itself
                 for diff_id, ranges in contents.ranges(path).items():
                     wanted.setdefault(diff_id, []).extend(ranges)
         return wanted
+
+    def _contents(self, image: Image) -> Contents:
+        layers = [self.layers.present(diff_id) for diff_id in image.diff_ids]
+        return Contents(layers)
 
     def close(self) -> None:
         """Close the database and let other processes in."""

@@ -50,8 +50,7 @@ class RegistryTarget:
         self._pusher = Pusher(reference, config)
 
     def __enter__(self) -> Self:
-        with storage("making a temporary directory"):
-            self._directory = tempfile.TemporaryDirectory(prefix="ctrfs-", dir=_large_files())
+        self._directory = temporary_directory()
         self.workspace = Path(self._directory.name)
         return self
 
@@ -78,7 +77,16 @@ class RegistryTarget:
         self._pusher.put_manifest(data, manifest.media_type)
 
 
-def _large_files() -> str | None:
-    """Where layers may lie: /tmp is in memory on many machines. $TMPDIR is the user's choice."""
+def temporary_directory() -> "tempfile.TemporaryDirectory[str]":
+    """A directory for layers on their way, gone at the end of the block.
+
+    In /var/tmp, since /tmp is in memory on many machines, unless $TMPDIR says otherwise.
+
+    Raises:
+        StorageFailed: it can't be made.
+    """
     default = tempfile.gettempdir()
-    return "/var/tmp" if default == "/tmp" else default
+    with storage("making a temporary directory"):
+        return tempfile.TemporaryDirectory(
+            prefix="ctrfs-", dir="/var/tmp" if default == "/tmp" else default
+        )

@@ -8,176 +8,14 @@ loopback. Before each cold measurement the page cache is dropped.
 
 import argparse
 import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
-from runtime import linux
 from tools.images import debian_layout, debian_tree, run
-from tools.options import run_directory
 from tools.registry import registry
-
-READ_ALL = "find . -xdev -type f -print0 | xargs -0 cat > /dev/null"
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def drop_caches() -> None:
-    """Make the next read come from the disk."""
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
-
-
-class Ctrfs:
-    """A daemon of ours on a private root."""
-
-    def __init__(self, directory: Path, image: str) -> None:
-        self.root = directory / "ctrfs"
-        self.mount = directory / "ctr"
-        self.image = image
-        self.log = directory / "ctrfs.log"
-        self.serial = 0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Mounted on an empty store."""
-        self.mount.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "tools.ctrfs", "mount", "--foreground"]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--root", str(self.root), str(self.mount)], stderr=log
-            )
-        try:
-            while not self.mount.is_mount():
-                if self.process.poll() is not None:
-                    sys.exit(self.log.read_text())
-                time.sleep(0.02)
-            (self.mount / "version").read_text()
-            yield
-        finally:
-            for name in os.listdir(self.mount / "containers"):
-                if name != "README":
-                    self.remove(name)
-            self.process.terminate()
-            self.process.wait()
-            self._clean()
-
-    def _clean(self) -> None:
-        directory = run_directory(self.root)
-        for mounted in reversed(linux.mounts()):
-            if mounted.target.startswith(str(directory)):
-                linux.umount(mounted.target, linux.MNT_DETACH)
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.rmtree(self.root)
-
-    def write(self, path: str, text: str) -> None:
-        """As echo does."""
-        descriptor = os.open(self.mount / path, os.O_WRONLY | os.O_TRUNC)
-        os.write(descriptor, text.encode() + b"\n")
-        os.close(descriptor)
-
-    def pull(self) -> None:
-        """Pull the image."""
-        self.write("images/pull", self.image)
-
-    def peak_memory(self) -> int:
-        """Peak resident memory of the daemon in bytes."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) << 10
-
-    def start(self, *args: str) -> str:
-        """Start a container; its name."""
-        self.serial += 1
-        name = f"bench-{self.serial}"
-        (self.mount / "containers" / name).mkdir()
-        self.write(f"containers/{name}/image", self.image)
-        self.write(f"containers/{name}/args", "\n".join(args))
-        self.write(f"containers/{name}/state", "start")
-        return name
-
-    def true(self) -> None:
-        """mkdir, settings, start, exit code, rmdir: what `run --rm` does."""
-        name = self.start("true")
-        assert (self.mount / "containers" / name / "wait").read_text() == "0\n"
-        (self.mount / "containers" / name).rmdir()
-
-    def start_to_exit(self) -> float:
-        """From `start` written until the exit code was read, seconds."""
-        self.serial += 1
-        name = f"bench-{self.serial}"
-        (self.mount / "containers" / name).mkdir()
-        self.write(f"containers/{name}/image", self.image)
-        self.write(f"containers/{name}/args", "true")
-        wait = self.mount / "containers" / name / "wait"
-
-        def start() -> None:
-            self.write(f"containers/{name}/state", "start")
-            assert wait.read_text() == "0\n"
-
-        seconds = timed(start)
-        (self.mount / "containers" / name).rmdir()
-        return seconds
-
-    def remove(self, name: str) -> None:
-        """Kill and rmdir."""
-        if (self.mount / "containers" / name / "state").read_text() == "running\n":
-            self.write(f"containers/{name}/state", "kill")
-        (self.mount / "containers" / name).rmdir()
-
-
-class Containerd:
-    """A containerd on a private root."""
-
-    def __init__(self, directory: Path, image: str) -> None:
-        self.directory = directory / "containerd"
-        self.socket = self.directory / "sock"
-        self.image = image
-        self.serial = 0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Serving on an empty store."""
-        self.directory.mkdir()
-        config = self.directory / "config.toml"
-        config.write_text(
-            f'version = 2\nroot = "{self.directory}/root"\nstate = "{self.directory}/state"\n'
-            'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
-            f'[grpc]\naddress = "{self.socket}"\n'
-        )
-        with (self.directory / "log").open("ab") as log:
-            process = subprocess.Popen(["containerd", "-c", str(config)], stderr=log, stdout=log)
-        try:
-            while subprocess.run([*self.ctr(), "version"], capture_output=True).returncode:
-                time.sleep(0.05)
-            yield
-        finally:
-            process.terminate()
-            process.wait()
-            shutil.rmtree(self.directory)
-
-    def ctr(self) -> list[str]:
-        """The client's command line."""
-        return ["ctr", "-a", str(self.socket)]
-
-    def pull(self) -> None:
-        """Pull the image in full and unpack it."""
-        run(*self.ctr(), "images", "pull", "--plain-http", self.image)
-
-    def true(self) -> None:
-        """`ctr run --rm IMAGE true`."""
-        self.serial += 1
-        run(*self.ctr(), "run", "--rm", self.image, f"bench-{self.serial}", "true")
+from tools.sides import FIND, READ_ALL, Containerd, Ctrfs, drop_caches, overlay, timed
 
 
 class Table:
@@ -250,21 +88,14 @@ def bench_control_files(table: Table, ctrfs: Ctrfs) -> None:
 def bench_files(table: Table, ctrfs: Ctrfs, directory: Path, rounds: int) -> None:
     """Reading all of a container's files, beside overlayfs over the unpacked tree."""
     ours = Path(os.readlink(ctrfs.mount / "containers" / ctrfs.start("sleep", "1000") / "rootfs"))
-    plain = directory / "plain"
-    for name in ("tree", "upper", "work", "merged"):
-        (plain / name).mkdir(parents=True)
-    run("cp", "-a", f"{debian_tree('python', 'python3', 'python3-numpy')}/.", plain / "tree")
-    theirs = plain / "merged"
-    options = f"lowerdir={plain}/tree,upperdir={plain}/upper,workdir={plain}/work"
-    linux.mount("overlay", str(theirs), "overlay", 0, options)
 
     def times(command: str, tree: Path, cold: bool) -> float:
         if cold:
             drop_caches()
         return timed(lambda: run("sh", "-c", f"cd {tree} && {command}"))
 
-    try:
-        for what, command in (("read every file", READ_ALL), ("find", "find . -xdev > /dev/null")):
+    with overlay(debian_tree("python", "python3", "python3-numpy"), directory) as theirs:
+        for what, command in (("read every file", READ_ALL), ("find", FIND)):
             for cold in (True, False):
                 figures = [
                     (times(command, ours, cold), times(command, theirs, cold))
@@ -272,8 +103,6 @@ def bench_files(table: Table, ctrfs: Ctrfs, directory: Path, rounds: int) -> Non
                 ]
                 name = f"{what}, {'cold' if cold else 'warm'} (overlayfs, unpacked)"
                 table.row(name, [a for a, _ in figures], [b for _, b in figures], "1.00")
-    finally:
-        linux.umount(str(theirs))
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Images of a mounted tree, for commands beside its daemon: they use the tree's own files."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,11 +17,9 @@ from store.manifest import OCI_MANIFEST, Descriptor, check_limit
 from store.oci_layout import FileBlob, Layout
 from store.platform import Platform, parse_platform
 from store.reference import LayoutSource, parse_reference
+from store.target import temporary_directory
 from tools import instance
 from tools.instance import CommandFailed
-
-# Root's own: the daemon and this command see the same one.
-_TEMPORARY = Path("/var/tmp")
 
 _TAG = "image"
 
@@ -91,7 +88,7 @@ def mounted_image(
     check_limit(len(manifest), limits.manifest_bytes, f"the manifest of {reference}")
     entry = Descriptor(_media_type(manifest), digest_of(manifest), len(manifest))
     index = {"schemaVersion": 2, "manifests": [msgspec.to_builtins(entry)]}
-    with _temporary() as temporary:
+    with temporary_directory() as temporary:
         directory = Path(temporary)
         with storage(f"writing to {directory}"):
             (directory / "index.json").write_bytes(msgspec.json.encode(index))
@@ -119,7 +116,7 @@ class MountedTarget:
         self._name = str(parse_reference(name))
 
     def __enter__(self) -> Self:
-        self._directory = _temporary()
+        self._directory = temporary_directory()
         self._source = LayoutSource(Path(self._directory.name), _TAG)
         self._layout = LayoutTarget(self._source).__enter__()
         self.workspace = self._layout.workspace
@@ -171,8 +168,3 @@ class MountedTarget:
                 if said in line:
                     return line.partition(said)[2]
         return ""
-
-
-def _temporary() -> "tempfile.TemporaryDirectory[str]":
-    with storage("making a temporary directory"):
-        return tempfile.TemporaryDirectory(prefix="ctrfs-", dir=_TEMPORARY)

@@ -1,5 +1,6 @@
 """A docker-registry on a free loopback port, for benchmarks."""
 
+import re
 import socket
 import subprocess
 import time
@@ -16,27 +17,40 @@ def free_port() -> int:
 
 
 @contextmanager
-def registry(directory: Path) -> Iterator[str]:
-    """Run a registry that keeps its content in ``directory``; gives its host:port."""
+def registry(
+    directory: Path, data: Path | None = None, prefix: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Run a registry on 127.0.0.1 and any free port; gives its host:port.
+
+    Args:
+        directory: for its configuration, its log, and `access.log` with a line a request.
+        data: where its content is; None: in ``directory``.
+        prefix: what to put before the command, to run it in another network namespace.
+
+    Raises:
+        RuntimeError: it does not start; the message has its log.
+    """
     directory.mkdir(parents=True)
-    port = free_port()
     config = directory / "config.yml"
     config.write_text(
-        "version: 0.1\nlog: {level: error}\n"
-        f"storage: {{filesystem: {{rootdirectory: {directory}/data}}}}\n"
-        f'http: {{addr: "127.0.0.1:{port}"}}\n'
+        "version: 0.1\nlog: {level: info}\n"
+        f"storage: {{filesystem: {{rootdirectory: {data or directory / 'data'}}}}}\n"
+        'http: {addr: "127.0.0.1:0"}\n'
     )
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            ["docker-registry", "serve", str(config)], stdout=log, stderr=log
-        )
+    command = [*prefix, "docker-registry", "serve", str(config)]
+    with (directory / "log").open("wb") as log, (directory / "access.log").open("wb") as access:
+        process = subprocess.Popen(command, stdout=access, stderr=log)
     try:
-        while True:
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.02)
-        yield f"127.0.0.1:{port}"
+        yield _address(process, directory / "log")
     finally:
         process.terminate()
         process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Where it listens, once it does: it took any free port, and says which in its log."""
+    while not (found := re.search(r"listening on (127\.0\.0\.1:[0-9]+)", log.read_text())):
+        if process.poll() is not None:
+            raise RuntimeError(f"docker-registry did not start: {log.read_text()}")
+        time.sleep(0.02)
+    return found[1]

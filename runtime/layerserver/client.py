@@ -5,6 +5,7 @@ once.
 """
 
 import logging
+import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +45,14 @@ log = logging.getLogger(__name__)
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.01
 _END_SECONDS = 5.0
+
+# Its buffers of some megabytes come and go in many threads. Without these glibc keeps them, and
+# an arena for each thread: 75 MB resident instead of 50 after reading a whole image.
+_MALLOC = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
 
 # What comes first on a connection that brings news.
 _GREETING = protocol.encode(Done())
@@ -201,6 +210,7 @@ class LayerClient:
             self._command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            env={**os.environ, **_MALLOC},
             start_new_session=True,  # signals from a terminal are for the daemon
         )
 

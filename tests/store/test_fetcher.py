@@ -26,10 +26,10 @@ from store.manifest import Descriptor
 from store.reference import parse_reference
 from store.registry import Registry as Source
 from tests.support import proxy as faults
-from tests.support.layouts import GZIP, OciLayout
+from tests.support.layouts import GZIP, OciLayout, sha256
 from tests.support.proxy import Exchange, Proxy
 from tests.support.registry import Registry
-from tests.support.spans import CHUNK, HandMade
+from tests.support.spans import CHUNK, HandMade, take_all, with_other_times
 
 QUICK = LazyConfig(read_seconds=1.5)
 
@@ -388,6 +388,30 @@ async def test_what_another_image_has_is_not_fetched(
         assert await read_all(fetcher) == other.data
         assert sum(end - start for start, end in asked(proxy)) < 3000
         await finished(borrower, fetcher)
+
+
+async def test_what_was_borrowed_wrongly_comes_from_the_registry(place: Place) -> None:
+    """The other layer has the same contents, but what lies between them is not the same."""
+    odd = HandMade(FILES)
+    odd.blob = with_other_times(odd.blob)
+    odd.diff_id = sha256(b"another")
+    descriptor = Descriptor(GZIP, sha256(odd.blob), len(odd.blob))
+    record = LazyRecord(descriptor, ("docker://nowhere.example/x:1",))
+    added = place.layers.add_lazy(Digest(odd.diff_id), odd, record, [])
+    lender = LazyLayer(added.directory, added.diff_id)
+    take_all(lender, odd.blob)
+    lender.finish(place.cas)
+    async with place.fetching() as fetcher:
+        fetcher._lender.add(lender)
+        layer, limiter = fetcher.layer, trio.CapacityLimiter(1)
+        await fetcher.bring(range(layer.table.spans), limiter)
+        with pytest.raises(DigestMismatch, match="the layer's blob"):
+            layer.verify(lambda: False)
+        assert layer.forget_unverified()
+        fetcher.doubted = True  # as whoever completes it does
+        await finished(place, fetcher)
+    lender.close()
+    assert place.cas.read(Digest(place.descriptor.digest)) == place.made.blob
 
 
 def test_parts_known_from_the_start_are_kept(place: Place) -> None:

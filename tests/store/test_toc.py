@@ -2,9 +2,7 @@
 
 import gzip
 import random
-import stat
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,11 @@ from store.errors import (
     RegistryTimeout,
     StoreError,
 )
-from store.index import Entry, read_index
 from store.manifest import Manifest
-from store.span_inflate import inflate_pieces
 from store.spans import Codec, SpanTable
-from store.toc import Toc, read_toc
+from store.toc import read_toc
 from store.tree_builder import Builder
-from store.unpack import LayerLimits, unpack_blob
+from store.unpack import LayerLimits
 from tests.support.layouts import OciLayout
 from tests.support.lazy import (
     NO_PREFETCH,
@@ -40,12 +36,12 @@ from tests.support.lazy import (
     estargz,
     zstd_chunked,
 )
+from tests.support.lazy_check import check_same, filled, placeless, toc_of, unpacked
 from tests.support.tars import archive, directory, entry, pax
 
 CODECS = pytest.mark.parametrize("codec", [Codec.GZIP, Codec.ZSTD])
 LIMITS = LayerLimits()
 NOISE = random.Random(1).randbytes(100_000)
-HIDDEN = {b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"}
 
 TREE = archive(
     directory(b"./", mode=0o700, mtime=1_000_000_000),
@@ -74,12 +70,6 @@ TREE = archive(
 )
 
 
-def toc_of(blob: LazyBlob, limits: LayerLimits = LIMITS) -> Toc:
-    toc = read_toc(blob.layer, blob.read, limits)
-    assert toc is not None
-    return toc
-
-
 def refusal(blob: LazyBlob, error: type[StoreError], limits: LayerLimits = LIMITS) -> str:
     with pytest.raises(StoreError) as caught:
         read_toc(blob.layer, blob.read, limits)
@@ -88,59 +78,6 @@ def refusal(blob: LazyBlob, error: type[StoreError], limits: LayerLimits = LIMIT
     assert "\n" not in sentence
     assert len(sentence) < 700
     return sentence
-
-
-def filled(toc: Toc, blob: LazyBlob, directory: Path) -> bytes:
-    """The data file, after all spans have been inflated."""
-    path = directory / "spans"
-    with path.open("wb") as file:
-        toc.spans.write(file, toc.data_size)
-    table = SpanTable(path)
-    assert (table.blob_size, table.data_size) == (len(blob.data), toc.data_size)
-    data = bytearray(toc.data_size)
-    covered = 0
-    for number in range(table.spans):
-        start, end = table.range_of(number)
-        assert start == covered
-        covered = end
-        for piece, content in inflate_pieces(table, number, blob.data[start:end]):
-            assert not any(data[piece.target : piece.target + piece.size])
-            data[piece.target : piece.target + piece.size] = content
-    assert covered == len(blob.data)
-    table.close()
-    return bytes(data)
-
-
-def unpacked(blob: LazyBlob, directory: Path) -> tuple[list[Entry], bytes]:
-    """Entries and data file of the whole layer, less what a lazy one hides."""
-    data, index = directory / "data", directory / "index"
-    media_type = blob.layer.media_type
-    unpack_blob(iter([blob.data]), media_type, blob.diff_id, data, index, LIMITS, lambda: False)
-    return [item for item in read_index(index) if item.path not in HIDDEN], data.read_bytes()
-
-
-def placeless(entries: list[Entry]) -> list[Entry]:
-    return [msgspec.structs.replace(item, offset=0) for item in entries]
-
-
-def contents(entries: list[Entry], data: bytes) -> list[bytes]:
-    return [data[e.offset : e.offset + e.size] for e in entries if stat.S_ISREG(e.mode)]
-
-
-def check_same(blob: LazyBlob) -> None:
-    """The lazy layer has the entries and contents of the whole one."""
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        toc = toc_of(blob)
-        entries, data = unpacked(blob, directory)
-        assert placeless(toc.entries) == placeless(entries)
-        assert contents(toc.entries, filled(toc, blob, directory)) == contents(entries, data)
-        ends = [0]
-        for item in toc.entries:
-            if stat.S_ISREG(item.mode) and item.size:
-                assert item.offset == -(-ends[-1] // 4096) * 4096
-                ends.append(item.offset + item.size)
-        assert toc.data_size == -(-ends[-1] // 4096) * 4096
 
 
 # --- what is right ----------------------------------------------------------------------

@@ -8,6 +8,7 @@ import tarfile
 from dataclasses import dataclass, field
 
 from store.index import Entry
+from store.lazy import LazyLayer
 from store.spans import Codec, Piece, Span, SpanWriter
 from tests.support.layouts import sha256
 
@@ -74,3 +75,21 @@ class HandMade:
         for span, pieces in self._spans:
             writer.add(span, pieces)
         return writer
+
+
+def take_all(layer: LazyLayer, blob: bytes) -> None:
+    """Everything that is missing, as the registry sends it."""
+    for number in range(layer.table.spans):
+        start, end = layer.table.range_of(number)
+        piece = memoryview(blob)[start:end]
+        if layer.table.span(number).count:
+            layer.take(number, piece)
+        elif not layer.has(number):
+            layer.take_raw(start, piece)
+            layer.arrived(number)
+
+
+def with_other_times(blob: bytes) -> bytes:
+    """The blob with another time in each gzip header: as long, and with the same contents."""
+    header = gzip.compress(b"", 1, mtime=0)[:9]
+    return blob.replace(header, header[:4] + b"\1\2\3\4" + header[8:])

@@ -1,0 +1,275 @@
+"""The figures of lazy loading, one function each. What they are compared with: Comparison."""
+
+import gzip
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from tools import shelf
+from tools.comparison import Case, Comparison
+from tools.delay import Counter
+from tools.links import proxy
+from tools.opened import compressed_bytes, opened_files
+from tools.results import MB
+from tools.shelf import ESTARGZ, NUMPY, ORDINARY
+from tools.sides import (
+    FIND,
+    READ_ALL,
+    Containerd,
+    Ctrfs,
+    Run,
+    drop_caches,
+    memory,
+    overlay,
+    timed,
+)
+
+PRINT = ("python3", "-c", "print(1)")
+# Reads from its image, says so, and stays.
+STAYING = ("python3", "-c", "import numpy, time; print(1, flush=True); time.sleep(100000)")
+CONTAINERS = 20
+# Sizes and formats of the images that they use. All are different layers.
+SEVERAL = (
+    ("85", ESTARGZ),
+    ("150", ESTARGZ),
+    ("800", ESTARGZ),
+    ("85", "zstd:chunked"),
+    ("150", "zstd:chunked"),
+)
+
+Figure = Callable[[Comparison, Case], None]
+
+
+def first_line(comparison: Comparison, case: Case) -> None:
+    """Name to the first line of output, everything cold."""
+    limit = 0.05 if case.link == "slow" else 0.08
+    _cold_runs(comparison, case, "name to first line, print(1)", PRINT, limit, _first_line)
+
+
+def _first_line(run: Run) -> float:
+    assert run.first_line is not None
+    return run.first_line
+
+
+def numpy(comparison: Comparison, case: Case) -> None:
+    """Name to the end of an import, everything cold."""
+    _cold_runs(comparison, case, "name to end of import numpy", NUMPY, 0.12)
+
+
+def read_all(comparison: Comparison, case: Case) -> None:
+    """Name to the end of a container that has read every file once."""
+    command = ("sh", "-c", f"cd / && {READ_ALL}")
+    _cold_runs(comparison, case, "name to end of reading every file", command, 0.6)
+
+
+def _cold_runs(
+    comparison: Comparison,
+    case: Case,
+    what: str,
+    command: tuple[str, ...],
+    limit: float,
+    moment: Callable[[Run], float] = lambda run: run.end,
+) -> None:
+    """From a name to some moment of a container's life, beside containerd, in turns."""
+    ours: list[float] = []
+    others: list[float] = []
+    with comparison.link(case) as link:
+        for _ in range(comparison.rounds):
+            if comparison.ours:
+                ctrfs = comparison.ctrfs(link.host, case.size, link.client)
+                ours.append(moment(_cold_run(ctrfs, command)))
+            if comparison.others:
+                containerd = comparison.containerd(link.host, case.size, link.client)
+                others.append(moment(_cold_run(containerd, command)))
+    comparison.add(case, what, ours, others, limit)
+
+
+def _cold_run(side: Ctrfs | Containerd, command: tuple[str, ...]) -> Run:
+    """Run a container with nothing here: no image, and nothing in the page cache."""
+    with side.running():
+        drop_caches()
+        return side.run(*command)
+
+
+def again(comparison: Comparison, case: Case) -> None:
+    """Reading and finding all files a second time, beside overlayfs over the unpacked tree."""
+    sides: list[tuple[Path, list[float]]] = []
+    ours: list[float] = []
+    others: list[float] = []
+    with ExitStack() as stack:
+        if comparison.ours:
+            link = stack.enter_context(comparison.link(case))
+            ctrfs = comparison.ctrfs(link.host, case.size, link.client)
+            stack.enter_context(ctrfs.running())
+            ctrfs.pull()
+            container = ctrfs.mount / "containers" / ctrfs.start("sleep", "100000")
+            sides.append((Path(os.readlink(container / "rootfs")), ours))
+        if comparison.others:
+            plain = overlay(shelf.tree(case.size), comparison.directory)
+            sides.append((stack.enter_context(plain), others))
+        for tree, _ in sides:
+            _in_tree(tree, READ_ALL)
+        for what, command, cold, limit in (
+            ("read every file again, warm", READ_ALL, False, 1.0),
+            ("find, warm", FIND, False, 1.0),
+            ("find, cold", FIND, True, 1.0),
+            ("read every file again, cold", READ_ALL, True, None),
+        ):
+            for _ in range(comparison.rounds):
+                for tree, times in sides:
+                    times.append(_in_tree(tree, command, cold))
+            comparison.add(case, f"{what} (overlayfs)", [*ours], [*others], limit)
+            ours.clear()
+            others.clear()
+
+
+def _in_tree(tree: Path, command: str, cold: bool = False) -> float:
+    """Seconds of a shell command in a directory."""
+    if cold:
+        drop_caches()
+    return timed(lambda: subprocess.run(["sh", "-c", command], cwd=tree, check=True))
+
+
+def fetched(comparison: Comparison, case: Case) -> None:
+    """Bytes from the registry until a line was printed, beside those of the files opened."""
+    received: list[float] = []
+    requests: list[float] = []
+    with comparison.link(case) as link:
+        for _ in range(comparison.rounds if comparison.ours else 0):
+            count = comparison.directory / "count"
+            before = link.requests()
+            with proxy(link.host, count, prefix=link.client) as host:
+                ctrfs = comparison.ctrfs(host, case.size, link.client)
+                with ctrfs.running():
+                    drop_caches()
+                    ctrfs.run(*PRINT)
+                    received.append(Counter(count).received / MB)
+                    requests.append(link.requests() - before)
+            count.unlink()
+    opened = opened_files(shelf.tree(case.size), *PRINT)
+    comparison.shelf.provide(case.size, ESTARGZ)
+    (layer,) = comparison.shelf.layers(case.size, ESTARGZ)
+    with layer.open("rb") as blob:
+        least = compressed_bytes(blob, opened) / MB
+    what = f"fetched for print(1) ({len(opened)} files opened)"
+    comparison.add(case, what, received, [least], 1.3, unit="MB")
+    comparison.add(case, "  requests for blobs", requests, [], unit="", ratio=False)
+
+
+def listing(comparison: Comparison, case: Case) -> None:
+    """Name to the end of `ls -lR` over the files of an image never seen before."""
+    ours = []
+    with comparison.link(case) as link:
+        for _ in range(comparison.rounds if comparison.ours else 0):
+            ctrfs = comparison.ctrfs(link.host, case.size, link.client)
+            with ctrfs.running():
+                drop_caches()
+                ours.append(timed(partial(_list, ctrfs)))
+    comparison.add(case, "name to end of ls -lR of rootfs", ours, [], 1.5, ratio=False)
+
+
+def _list(ctrfs: Ctrfs) -> None:
+    ctrfs.pull()
+    subprocess.run(["ls", "-lR", ctrfs.rootfs], stdout=subprocess.DEVNULL, check=True)
+
+
+def disk(comparison: Comparison, case: Case) -> None:
+    """Disk used by an image that was pulled lazily and has filled up, and pulled in full."""
+    used: dict[str, list[float]] = {"lazy": [], "full": []}
+    with comparison.link(case) as link:
+        for mode in (comparison.mode, "full") if comparison.ours else ():
+            ctrfs = comparison.ctrfs(link.host, case.size, link.client, mode)
+            with ctrfs.running():
+                ctrfs.pull()
+                ctrfs.wait_filled()
+                os.sync()
+                used[mode] = [ctrfs.disk() / MB]
+    ours, others = used[comparison.mode], used["full"]
+    comparison.add(case, "disk, filled up (pulled in full)", ours, others, 1.0, unit="MB")
+
+
+def server_memory(comparison: Comparison, case: Case) -> None:
+    """Resident memory of the layer server with many containers that read from it."""
+    if comparison.mode == "full":
+        return  # then nothing is served
+    resident: list[float] = []
+    peak: list[float] = []
+    with comparison.link(case) as link:
+        for _ in range(comparison.rounds if comparison.ours else 0):
+            ctrfs = comparison.ctrfs(link.host, "85", link.client)
+            images = [comparison.image(link.host, size, form) for size, form in SEVERAL]
+            with ctrfs.running():
+                drop_caches()
+                _start_many(ctrfs, images)
+                servers = ctrfs.layer_servers()
+                if not servers:
+                    raise RuntimeError("no layer server runs")
+                resident.append(sum(memory(pid, "VmRSS") for pid in servers) / MB)
+                peak.append(sum(memory(pid, "VmHWM") for pid in servers) / MB)
+    what = f"layer server, {CONTAINERS} containers, {len(SEVERAL)} images"
+    comparison.add(case, what, resident, [], 60, unit="MB", ratio=False)
+    comparison.add(case, "  at its peak", peak, [], unit="MB", ratio=False)
+
+
+def _start_many(ctrfs: Ctrfs, images: list[str]) -> None:
+    """Start containers and return when all have read from their images."""
+    names = []
+    for image in images:
+        ctrfs.image = image
+        ctrfs.pull()
+    for number in range(CONTAINERS):
+        ctrfs.image = images[number % len(images)]
+        names.append(ctrfs.start(*STAYING))
+    for name in names:
+        ctrfs.wait_line(name)
+
+
+def convert(comparison: Comparison, case: Case) -> None:
+    """`ctrfs convert` to eStargz from layout to layout, beside `gzip -6` of the same tar."""
+    ours: list[float] = []
+    others: list[float] = []
+    sizes: tuple[list[float], list[float]] = ([], [])
+    source = shelf.layout(case.size)
+    (layer,) = comparison.shelf.layers(case.size, ORDINARY)
+    with tempfile.TemporaryDirectory(dir=comparison.directory) as name:
+        place = Path(name)
+        archive, packed = place / "layer.tar", place / "layer.tar.gz"
+        with gzip.open(layer) as blob, archive.open("wb") as file:
+            shutil.copyfileobj(blob, file)
+        for number in range(comparison.rounds):
+            if comparison.ours:
+                target = place / str(number)
+                drop_caches()
+                names = (f"oci:{source}:latest", f"oci:{target}:latest", ESTARGZ)
+                ours.append(timed(partial(shelf.convert, *names)))
+                blobs = (target / "blobs/sha256").iterdir()
+                sizes[0].append(sum(blob.stat().st_size for blob in blobs) / MB)
+            if comparison.others:
+                drop_caches()
+                others.append(timed(lambda: _gzip(archive, packed)))
+                sizes[1].append(packed.stat().st_size / MB)
+    comparison.add(case, "convert to eStargz (gzip -6)", ours, others, 1.2)
+    comparison.add(case, "  size of the layer", *sizes, 1.03, unit="MB")
+
+
+def _gzip(source: Path, target: Path) -> None:
+    with source.open("rb") as archive, target.open("wb") as packed:
+        subprocess.run(["gzip", "-6"], stdin=archive, stdout=packed, check=True)
+
+
+FIGURES: dict[str, Figure] = {
+    "first-line": first_line,
+    "numpy": numpy,
+    "read-all": read_all,
+    "again": again,
+    "bytes": fetched,
+    "disk": disk,
+    "convert": convert,
+    "ls": listing,
+    "memory": server_memory,
+}
