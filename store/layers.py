@@ -273,6 +273,13 @@ class Layers:
         assert layer is not None
         return layer
 
+    def is_distrusted(self, diff_id: Digest) -> bool:
+        """Whether a layer was refused as an index described it that nobody vouches for."""
+        layer = self._layers.get(diff_id)
+        if layer is None or not lazy.refusal(layer.directory):
+            return False
+        return not lazy.read_record(layer.directory).vouched
+
     def refused(self, diff_id: Digest) -> None:
         """A lazy layer's blob was found to be wrong: it counts as damaged from now on."""
         with self._lock:

@@ -42,8 +42,8 @@ from store.errors import (
 )
 from store.inflate import ChunkReader, inflated
 from store.manifest import Descriptor
-from store.span_inflate import inflate_pieces
-from store.spans import SpanTable
+from store.span_inflate import are_members, inflate_pieces
+from store.spans import Codec, SpanTable
 
 log = logging.getLogger(__name__)
 
@@ -354,15 +354,19 @@ class LazyLayer:
             )
 
     def forget_unverified(self) -> bool:
-        """Forget the spans of which only the blob's digest covers all; whether there were any."""
-        spans = [
-            number
-            for number in range(self.table.spans)
-            if not self.table.span(number).count or self._present[_HEAD.size + number] == _BORROWED
-        ]
+        """Forget the spans of which only the blob's digest covers all, and those that are damaged
+        behind their contents; whether there were any. Blocks while it reads the blob."""
+        spans = [number for number in range(self.table.spans) if self._is_doubtful(number)]
         for number in spans:
             self.forget(number)
         return bool(spans)
+
+    def _is_doubtful(self, number: int) -> bool:
+        if not self.table.span(number).count or self._present[_HEAD.size + number] == _BORROWED:
+            return True
+        blob = self.read_blob(number)
+        # The headers of the files that come next are in the same member as a content.
+        return self.table.codec == Codec.GZIP and blob is not None and not are_members(blob)
 
     def finish(self, cas: Cas) -> None:
         """Make the verified layer complete, durably. May be repeated.

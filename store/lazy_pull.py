@@ -67,6 +67,8 @@ class LayerIndexes:
             return own, True
         if not isinstance(self._source, Registry) or not self._trusted(self._source):
             return None
+        if self._store.layers.is_distrusted(diff_id):
+            return None
         try:
             document = self._documents(self._source).get(layer.content)
             if document is None:

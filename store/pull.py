@@ -1,5 +1,7 @@
 """Pulling images: from a name to a record in the store whose layers can be mounted."""
 
+import errno
+import logging
 import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
@@ -13,6 +15,8 @@ from store.cas import Digest, digest_of
 from store.config import Mode
 from store.errors import ContentNeeded, CorruptContent, InvalidReference, NotLazy, StoreError
 from store.images import Image
+from store.layers import Layer
+from store.lazy import read_record
 from store.lazy_pull import Filling, Indexing, LayerIndexes, pull_lazily
 from store.leftovers import Leftovers
 from store.manifest import Descriptor
@@ -32,6 +36,8 @@ from store.source import Source
 from store.store import Store
 from store.toc import is_announced
 from store.transfer import Transfer, ask, to_end
+
+log = logging.getLogger(__name__)
 
 
 class PullRequest(msgspec.Struct, frozen=True):
@@ -308,11 +314,22 @@ class Pulls:
         store = self._store
         known = store.layers.get(diff_id)
         if known is not None and not known.complete:
-            await self._complete(diff_id)
+            await self._complete_or_give_up(known)
         transfer = Transfer(
             store.cas, store.layers, store.config.patience, source, layer, diff_id, state, not_lazy
         )
         await transfer.run()
+
+    async def _complete_or_give_up(self, layer: Layer) -> None:
+        """Bring the rest of an incomplete layer. When an index that nobody vouches for stands in
+        the way, the layer has to be made anew."""
+        try:
+            await self._complete(layer.diff_id)
+        except StoreError as error:
+            if error.errno != errno.EIO or read_record(layer.directory).vouched:
+                raise
+            log.warning("the layer %s is fetched once more: %s", layer.diff_id, error.sentence)
+            self._store.layers.refused(layer.diff_id)
 
     @asynccontextmanager
     async def _alone(self, key: str) -> AsyncIterator[None]:

@@ -17,6 +17,8 @@ from store.spans import Codec, Piece, Span, SpanTable
 
 _UNSET = bytes(32)
 
+_PIECE = 1 << 20
+
 # CRC and length after a gzip member.
 _TRAILER = 8
 
@@ -52,6 +54,22 @@ def inflate_pieces(
         elif span.digest == _UNSET:
             raise _wrong(span, "have no digest")
         yield piece, content
+
+
+def are_members(blob: bytes) -> bool:
+    """Whether these are whole gzip members with right checksums; zeros between are padding."""
+    while blob:
+        member = zlib.decompressobj(wbits=31)
+        try:
+            while blob and not member.eof:
+                member.decompress(blob, _PIECE)
+                blob = member.unconsumed_tail
+        except zlib.error:
+            return False
+        if not member.eof:
+            return False
+        blob = member.unused_data.lstrip(b"\0")
+    return True
 
 
 def _check(span: Span, data: memoryview, digest: bytes) -> None:

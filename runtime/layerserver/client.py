@@ -191,12 +191,8 @@ class LayerClient:
         while True:
             try:
                 stream = self._connect()
-                # One that is dying may still take connections, but answers none.
-                with trio.fail_after(_GREETING_SECONDS):
-                    await stream.send_all(protocol.encode(Listen()))
-                    if await stream.receive_some(len(_GREETING)) == _GREETING:
-                        return stream
-                await stream.aclose()
+                if await self._is_greeted(stream):
+                    return stream
             except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
                 if self._process is None or self._process.poll() is not None:
                     self._process = await trio.to_thread.run_sync(self._start)
@@ -204,6 +200,20 @@ class LayerClient:
                     log.error("the layer server does not come up: %s", error)
                     deadline += _START_SECONDS
             await trio.sleep(_POLL_SECONDS)
+
+    @staticmethod
+    async def _is_greeted(stream: trio.SocketStream) -> bool:
+        """Ask for news; whether they will come. One that is dying may still take connections,
+        but answers none."""
+        greeting = b""
+        try:
+            with trio.fail_after(_GREETING_SECONDS):
+                await stream.send_all(protocol.encode(Listen()))
+                greeting = await stream.receive_some(len(_GREETING))
+        finally:
+            if greeting != _GREETING:
+                await trio.aclose_forcefully(stream)
+        return greeting == _GREETING
 
     def _start(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(

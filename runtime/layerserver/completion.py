@@ -3,6 +3,8 @@
 import logging
 import threading
 
+import trio
+
 from store.cas import Cas
 from store.errors import DigestMismatch, InvalidLayer
 from store.fetcher import Fetcher
@@ -29,7 +31,7 @@ async def complete(fetcher: Fetcher, cas: Cas) -> None:
     except (DigestMismatch, InvalidLayer) as error:
         # Each content has been verified by its own digest; what lies between has not, and
         # comes once more before the blob is given up.
-        if not fetcher.doubted and layer.forget_unverified():
+        if not fetcher.doubted and await trio.to_thread.run_sync(layer.forget_unverified):
             fetcher.doubted = True
             log.warning("%s; what had no digest of its own is fetched again", error.sentence)
             return

@@ -126,7 +126,7 @@ def encode(message: Request | Answer | News) -> bytes:
 
 
 def decode_request(line: bytes) -> Request:
-    """Raises msgspec.MsgspecError."""
+    """Raises msgspec.MsgspecError or UnicodeDecodeError."""
     return _requests.decode(line)
 
 

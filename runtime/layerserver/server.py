@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import trio
 
 from runtime import fanotify
@@ -90,6 +91,7 @@ class LayerServer:
         self._fetchers: dict[Digest, Fetcher] = {}
         self._serving, self._why = _choose(root, run, config, self._by_name)
         self._lender = Lender(self._layers, self._cas, self._lazy_layer)
+        self._completing = trio.Lock()
         self._listeners: set[trio.MemorySendChannel[News]] = set()
         self._configure(config)
 
@@ -185,8 +187,6 @@ class LayerServer:
             if known.layer.is_in(directory):
                 return known
             del self._fetchers[diff_id]
-            if lazy.is_complete(directory):
-                return None
         if not directory.is_dir():
             raise BlobNotFound(f"the layer {diff_id} is not here; pull the image again")
         if await trio.to_thread.run_sync(lazy.settle, directory, self._cas):
@@ -237,20 +237,33 @@ class LayerServer:
             log.info("fetching what is wanted first of %s: %s", fetcher.layer.diff_id, error)
 
     async def _finish(self, fetcher: Fetcher) -> None:
-        diff_id = fetcher.layer.diff_id
+        """Complete a whole layer when there is time; a disk that is full is waited for."""
         try:
-            await complete(fetcher, self._cas)
+            await self._complete(fetcher)
         except (StorageFailed, OSError) as error:
-            log.error("the layer %s can't be completed: %s", diff_id, error)
+            log.error("the layer %s can't be completed: %s", fetcher.layer.diff_id, error)
             await trio.sleep(_GRACE_SECONDS)
         except PullCancelled:
             return
-        if fetcher.layer.complete:
+
+    async def _complete(self, fetcher: Fetcher) -> None:
+        """Complete a whole layer, unless somebody else has.
+
+        Raises:
+            StorageFailed, OSError: the disk failed.
+            PullCancelled: the caller was cancelled.
+        """
+        layer = fetcher.layer
+        async with self._completing:
+            if layer.complete or fetcher.refused or not layer.whole:
+                return
+            await complete(fetcher, self._cas)
+        if layer.complete:
             self._serving.completed(fetcher)
-            self._tell(News("complete", diff_id))
+            self._tell(News("complete", layer.diff_id))
         elif fetcher.refused:
-            log.error("the layer %s: %s", diff_id, fetcher.refused)
-            self._tell(News("refused", diff_id, fetcher.refused))
+            log.error("the layer %s: %s", layer.diff_id, fetcher.refused)
+            self._tell(News("refused", layer.diff_id, fetcher.refused))
 
     def _failed(self, diff_id: Digest, error: StoreError) -> None:
         kind: protocol.Kind = "attack" if isinstance(error, DigestMismatch) else "failed"
@@ -278,7 +291,12 @@ class LayerServer:
                 line = await _line(stream)
                 if not line:
                     return
-                request = protocol.decode_request(line)
+                try:
+                    request = protocol.decode_request(line)
+                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                    refused = Failure(f"the layer server does not know this: {error}", errno.EINVAL)
+                    await stream.send_all(protocol.encode(refused))
+                    return
                 if isinstance(request, Listen):
                     await self._send_news(stream)
                 else:
@@ -320,6 +338,7 @@ class LayerServer:
                     self._filler.fill = config.lazy.fill
                     self._filler.rate = config.lazy.fill_rate
                     self._config = config
+                    self._filler.wake()
                 case End():
                     if self._serving.in_use:
                         raise LayersInUse("layers are in use, so their server goes on")
@@ -350,14 +369,15 @@ class LayerServer:
             for spans in _spans(fetcher, ranges):
                 await fetcher.need(spans)
             return
-        while not layer.whole:
-            first = layer.next_absent(0)
-            stop = min(layer.next_present(first), first + _BATCH)
-            await fetcher.need(range(first, stop))
         while not layer.complete:
             if fetcher.refused:
                 raise CorruptContent(fetcher.refused)
-            await trio.sleep(0.01)
+            if layer.whole:
+                await self._complete(fetcher)  # after which it may lack something
+                continue
+            first = layer.next_absent(0)
+            stop = min(layer.next_present(first), first + _BATCH)
+            await fetcher.need(range(first, stop))
 
     def _report(self) -> Report:
         layers: dict[str, tuple[int, int]] = {

@@ -1,0 +1,386 @@
+"""The layer server: what it answers, what it tells, how it fills, and when it ends."""
+
+import errno
+import os
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from runtime import linux
+from runtime.layerserver import protocol, server
+from runtime.layerserver.client import LayerServerFailed
+from runtime.layerserver.protocol import (
+    Configure,
+    Device,
+    Done,
+    End,
+    Failure,
+    Fetch,
+    Listen,
+    News,
+    Open,
+    Prefetch,
+    Report,
+    Status,
+)
+from runtime.layerserver.server import LayerServer
+from runtime.rootfs import mount_file
+from store import lazy as lazy_layer
+from store.cas import Digest
+from store.config import StoreConfig
+from store.images import Image
+from store.layers import LayerImage
+from store.lazy import LazyLayer
+from tests.runtime.site import Method, Site, push_blobs, until
+from tests.support import lazy
+from tests.support import proxy as faults
+from tests.support.layouts import OciLayout, tar_of
+from tests.support.proxy import Exchange, Proxy
+from tests.support.registry import Registry
+
+CHUNK = 64 << 10
+FILES = {
+    "large": random.Random(1).randbytes(40 * CHUNK),
+    **{f"small{n}": random.Random(n).randbytes(3000) for n in range(20)},
+}
+BLOB = lazy.estargz(tar_of(FILES), chunk_size=CHUNK)
+DIFF_ID = BLOB.diff_id
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with Registry(tmp_path_factory.mktemp("registry")) as registry:
+        yield registry
+
+
+@pytest.fixture(scope="module")
+def name(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image of the one layer, without its host."""
+    layout = OciLayout(tmp_path_factory.mktemp("image") / "oci")
+    return push_blobs(registry, layout, "layerserver", [(BLOB.data, BLOB.layer, DIFF_ID)])
+
+
+@pytest.fixture
+def front(registry: Registry) -> Iterator[Proxy]:
+    with Proxy(registry.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["fuse", "fanotify"])
+def method(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@asynccontextmanager
+async def served(
+    directory: Path, front: Proxy, name: str, method: Method = "fanotify", **settings: Any
+) -> AsyncIterator[tuple[Site, Image]]:
+    """A site that has pulled the image."""
+    site = Site(directory, method, **settings)
+    async with site.opened():
+        yield site, await site.pull(f"{front.host}/{name}")
+    assert site.left() == []
+
+
+def bytes_asked(front: Proxy) -> int:
+    found = [request.headers["Range"] for request in front.paths(f"/blobs/{BLOB.layer.digest}")]
+    spans = [re.fullmatch(r"bytes=(\d+)-(\d+)", text) for text in found]
+    return sum(int(span[2]) + 1 - int(span[1]) for span in spans if span)
+
+
+def fetched(site: Site) -> int:
+    """Bytes of the layer that are here, or all of them."""
+    layer = site.store.layers.get(DIFF_ID)
+    assert layer is not None
+    here = lazy_layer.fetched(layer.directory)
+    return BLOB.layer.size if here is None else here
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Open("sha256:0"),
+        Fetch("x"),
+        Fetch("x", ((0, 1), (5, 6))),
+        Prefetch("x", ((1, 2),)),
+        Configure(StoreConfig()),
+        Status(),
+        End(),
+        Listen(),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_requests_are_what_they_were(message: protocol.Request) -> None:
+    line = protocol.encode(message)
+    assert line.count(b"\n") == 1
+    assert protocol.decode_request(line) == message
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Done(), Device("/a path\n", True), Failure("why\n", 5), Report(1, "fuse", "", {"x": (1, 2)})],
+    ids=lambda message: type(message).__name__,
+)
+def test_answers_are_what_they_were(message: protocol.Answer) -> None:
+    line = protocol.encode(message)
+    assert line.count(b"\n") == 1
+    assert protocol.decode_answer(line) == message
+
+
+def test_news_are_what_they_were() -> None:
+    news = News("attack", DIFF_ID, "wrong bytes", errno.EIO)
+    assert protocol.decode_news(protocol.encode(news)) == news
+
+
+@pytest.mark.parametrize("line", [b"", b"{}", b'{"type":"Other"}', b"[1]", b"\xff", b'"' * 100])
+def test_what_is_no_request(line: bytes) -> None:
+    with pytest.raises((msgspec.MsgspecError, UnicodeDecodeError)):
+        protocol.decode_request(line)
+
+
+async def test_what_it_answers(tmp_path: Path, front: Proxy, name: str, method: Method) -> None:
+    async with served(tmp_path, front, name, method) as (site, _):
+        report = await site.client.status()
+        assert (report.method, report.layers[DIFF_ID][1]) == (method, BLOB.layer.size)
+        assert report.pid == int((site.run / protocol.PID_FILE).read_text())
+        device = await site.client.device(DIFF_ID)
+        assert device.served == (method == "fuse")
+        assert os.stat(device.path).st_size == site.store.layers.present(DIFF_ID).data_size
+        before = bytes_asked(front)
+        await site.client.fetch(DIFF_ID, ((0, 100),))
+        assert before < bytes_asked(front) < before + 2 * CHUNK
+        assert fetched(site) < BLOB.layer.size / 2
+        before = bytes_asked(front)
+        await site.client.fetch(DIFF_ID, ())
+        await site.client.fetch(DIFF_ID, ((0, 100), (1 << 40, 5)))
+        assert bytes_asked(front) == before
+        await site.client.prefetch(DIFF_ID, [(30 * CHUNK, 10)])
+        await until(lambda: bytes_asked(front) > before)
+        await site.client.complete(DIFF_ID)
+        assert site.store.layers.present(DIFF_ID).complete
+        assert (await site.told("complete")).diff_id == DIFF_ID
+        assert not (await site.client.device(DIFF_ID)).served
+        await site.client.complete(DIFF_ID)
+
+
+async def test_what_it_refuses(tmp_path: Path, front: Proxy, name: str) -> None:
+    async with served(tmp_path, front, name) as (site, _):
+        unknown = Digest("sha256:" + "0" * 64)
+        for ask in (site.client.begin, site.client.complete, site.client.device):
+            with pytest.raises(LayerServerFailed, match="is not here") as caught:
+                await ask(unknown)
+            assert caught.value.errno == errno.ENOENT
+        with pytest.raises(LayerServerFailed):
+            await site.client.begin(Digest("sha256:../../etc"))
+        front.on("/blobs/", faults.status(503))
+        with pytest.raises(LayerServerFailed, match="503"):
+            await site.client.fetch(DIFF_ID, ((0, 1),))
+        assert (await site.told("failed")).diff_id == DIFF_ID
+
+
+async def talk(site: Site, data: bytes) -> bytes:
+    """What comes back until the server hangs up."""
+    connection = protocol.connect(site.run)
+    async with trio.SocketStream(trio.socket.from_stdlib_socket(connection)) as stream:
+        await stream.send_all(data)
+        await stream.send_eof()
+        return b"".join([piece async for piece in stream])
+
+
+async def test_rubbish_does_no_harm(tmp_path: Path, front: Proxy, name: str) -> None:
+    async with served(tmp_path, front, name) as (site, _):
+        pid = (await site.client.status()).pid
+        for line in (b"", b"no line", b"{}\n", b"\xff\xfe\n", b'{"type":"Unknown"}\n', b"[" * 5000):
+            answer = await talk(site, line)
+            if answer:
+                failure = protocol.decode_answer(answer)
+                assert isinstance(failure, Failure)
+                assert failure.errno == errno.EINVAL
+        assert (await site.client.status()).pid == pid
+
+
+async def test_a_second_server_is_refused(
+    tmp_path: Path, front: Proxy, name: str, method: Method
+) -> None:
+    async with served(tmp_path, front, name, method) as (site, _):
+        command = [*site.command[:-1], "error"]
+        second = await trio.run_process(command, check=False, capture_stderr=True)
+        assert second.returncode == 1
+        assert b"ERROR" in second.stderr and b"another" in second.stderr
+        assert b"Traceback" not in second.stderr
+        await site.client.fetch(DIFF_ID, ((0, 10),))
+
+
+async def test_it_does_not_end_while_a_layer_is_mounted(
+    tmp_path: Path, front: Proxy, name: str, method: Method
+) -> None:
+    async with served(tmp_path, front, name, method) as (site, image):
+        (found,) = site.store.rootfs_layers(image)
+        device = await site.client.device(DIFF_ID)
+        target = site.run / "layers" / "x"
+        target.mkdir(parents=True)
+        mounted = LayerImage(found.key, found.meta, Path(device.path))
+        await trio.to_thread.run_sync(mount_file, mounted, str(target))
+        try:
+            with pytest.raises(LayerServerFailed, match="in use") as caught:
+                await site.client._ask(End())
+            assert caught.value.errno == errno.EBUSY
+            read = partial((target / "small3").read_bytes)
+            assert await trio.to_thread.run_sync(read) == FILES["small3"]
+        finally:
+            linux.umount(str(target))
+            target.rmdir()
+            target.parent.rmdir()
+
+
+async def test_it_ends_when_nobody_needs_it(
+    tmp_path: Path, front: Proxy, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(tmp_path, front, name) as (site, _):
+        pass
+    monkeypatch.setattr(server, "_GRACE_SECONDS", 0.3)
+    begin = time.monotonic()
+    with trio.fail_after(5):
+        await LayerServer(site.root, site.run, site.config).run()
+    assert time.monotonic() - begin < 3
+    assert site.left() == []
+
+
+async def test_filling_keeps_to_its_rate(tmp_path: Path, front: Proxy, name: str) -> None:
+    rate = 200_000
+    async with served(tmp_path, front, name, fill=True, fill_rate=rate) as (site, _):
+        start, begin = fetched(site), time.monotonic()
+        await until(lambda: fetched(site) > start + 3 * CHUNK)
+        await trio.sleep(1.0)
+        count, seconds = fetched(site) - start, time.monotonic() - begin
+        assert count < rate * seconds + 2 * CHUNK
+        faster = msgspec.structs.replace(site.config.lazy, fill_rate=None)
+        config = msgspec.structs.replace(site.config, lazy=faster)
+        await site.client._ask(Configure(config))
+        await site.told("complete")
+
+
+async def test_without_filling_nothing_comes_by_itself(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with served(tmp_path, front, name) as (site, _):
+        before = bytes_asked(front)
+        await trio.sleep(1.5)
+        assert bytes_asked(front) == before
+        settings = msgspec.structs.replace(site.config.lazy, fill=True)
+        config = msgspec.structs.replace(site.config, lazy=settings)
+        await site.client._ask(Configure(config))
+        await site.told("complete")
+
+
+def spoiled(front: Proxy, place: int) -> faults.Fault:
+    """Change one byte of the blob."""
+
+    def fault(exchange: Exchange) -> None:
+        asked = front.paths(f"/blobs/{BLOB.layer.digest}")[-1].headers["Range"]
+        at = [int(asked.removeprefix("bytes=").partition("-")[0])]
+
+        def change(piece: bytes) -> bytes:
+            start, at[0] = at[0], at[0] + len(piece)
+            if not start <= place < at[0]:
+                return piece
+            middle = place - start
+            return piece[:middle] + bytes([piece[middle] ^ 4]) + piece[middle + 1 :]
+
+        exchange.forward(change=change)
+
+    return fault
+
+
+def behind_contents(site: Site) -> int:
+    """A byte of the blob that holds a tar header: of which no content's digest tells."""
+    layer = LazyLayer(site.store.layers.present(DIFF_ID).directory, DIFF_ID)
+    _, end = layer.table.range_of(layer.table.spans_for(40 * CHUNK, 1)[0])
+    layer.close()
+    return end - 20
+
+
+async def test_a_blob_that_is_always_wrong_is_refused(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    """Each content is right; a byte of a tar header is not."""
+    async with served(tmp_path, front, name) as (site, image):
+        front.on("/blobs/", spoiled(front, behind_contents(site)))
+        with pytest.raises(LayerServerFailed, match="hashes to") as caught:
+            await site.client.complete(DIFF_ID)
+        assert caught.value.errno == errno.EIO
+        assert "the layer's blob" in (await site.told("refused")).sentence
+        assert site.store.damaged(image) == (BLOB.layer.content,)
+        assert not site.store.cas.contains(BLOB.layer.content)
+    # It is known for good, until it is pulled again.
+    front.heal()
+    again = Site(tmp_path, "fanotify")
+    async with again.opened():
+        assert again.store.damaged(image) == (BLOB.layer.content,)
+        with pytest.raises(LayerServerFailed, match="hashes to"):
+            await again.client.complete(DIFF_ID)
+        image = await again.pull(f"{front.host}/{name}")
+        assert again.store.damaged(image) == ()
+        await again.client.complete(DIFF_ID)
+        assert again.store.percent(image) is None
+
+
+async def test_a_byte_behind_contents_that_is_wrong_once_is_mended(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with served(tmp_path, front, name) as (site, image):
+        wrong = behind_contents(site)
+        front.on("/blobs/", spoiled(front, wrong), times=1)
+        await site.client.fetch(DIFF_ID, ((0, 1 << 40),))
+        asked = bytes_asked(front)
+        await site.client.complete(DIFF_ID)
+        assert site.store.percent(image) is None
+        assert bytes_asked(front) < asked + 4 * CHUNK
+        assert [news.kind for news in site.news] == ["complete"]
+
+
+async def test_what_was_known_from_the_start_is_mended(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with served(tmp_path, front, name) as (site, image):
+        directory = site.store.layers.present(DIFF_ID).directory
+        with (directory / "blob").open("r+b") as file:
+            file.write(b"\1")  # as if it had come so; the footer and this are here from the start
+        await site.client.complete(DIFF_ID)
+        assert site.store.percent(image) is None
+        assert not [news for news in site.news if news.kind == "refused"]
+
+
+@pytest.mark.logs("the layer server has died")
+async def test_it_is_started_again(tmp_path: Path, front: Proxy, name: str) -> None:
+    async with served(tmp_path, front, name) as (site, _):
+        pid = (await site.client.status()).pid
+        before = bytes_asked(front)
+        await site.client.fetch(DIFF_ID, ((0, 100),))
+        os.kill(pid, 9)
+        await until(lambda: site.restarts == 2)
+        assert (await site.client.status()).pid != pid
+        after = bytes_asked(front)
+        assert after > before
+        await site.client.fetch(DIFF_ID, ((0, 100),))
+        assert bytes_asked(front) == after
+
+
+async def test_a_layer_that_was_removed(tmp_path: Path, front: Proxy, name: str) -> None:
+    async with served(tmp_path, front, name) as (site, image):
+        await site.client.fetch(DIFF_ID, ((0, 100),))
+        site.forget(image)
+        with pytest.raises(LayerServerFailed, match="is not here"):
+            await site.client.begin(DIFF_ID)
+        image = await site.pull(f"{front.host}/{name}")
+        await site.client.complete(DIFF_ID)
+        assert site.store.percent(image) is None
