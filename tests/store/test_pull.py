@@ -296,8 +296,9 @@ async def test_a_missing_layer_is_made_from_its_blob(
     request = PullRequest(f"{proxy.host}/{big.name}")
     image = await Pulls(store).pull(request)
     store.layers.remove(image.diff_ids[0])
+    assert store.damaged(image) == (image.layers[0].content,)
     await Pulls(store).pull(request)
-    assert store.layers.get(image.diff_ids[0])
+    assert store.layers.get(image.diff_ids[0]) and store.damaged(image) == ()
     assert len(proxy.paths(big.layers[0]["digest"])) == 1
 
 

@@ -129,6 +129,23 @@ def test_images_of_a_mounted_tree(tmp_path: Path, busybox: OciLayout, mount: Mou
     assert "no ctrfs is mounted" in refused(tmp_path, "box:1", "oci:out:v1", "--mount", tmp_path)
 
 
+def test_what_a_container_opened_comes_first(
+    tmp_path: Path, busybox: OciLayout, mount: Mount
+) -> None:
+    mount.pull(f"oci:{busybox.path}:latest as=box:1")
+    assert mount.run_container("web", "box:1", "/bin/sh", "-c", "true") == (0, "")
+    assert mount.read("containers/web/opened").splitlines() == ["/bin/sh"]
+    converted(tmp_path, "box:1", "oci:out:v1", "--trace", "web", "--mount", mount.path)
+    (layer,) = [path for path in (tmp_path / "out/blobs/sha256").iterdir() if is_gzip(path)]
+    listed = subprocess.run(["tar", "tzf", layer], check=True, capture_output=True, text=True)
+    names = [name.rstrip("/") for name in listed.stdout.split()]
+    assert names == ["bin", "bin/sh", ".prefetch.landmark", "etc", "stargz.index.json"]
+
+
+def is_gzip(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x1f\x8b")
+
+
 def test_which_mounted_tree(mount: Mount, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tools.mounted import find_mount
 
