@@ -13,12 +13,15 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import pytest
 
+from runtime import keeper
+from runtime.layerserver.fanotify_serving import group_name
 from tests.e2e.conftest import check_log
 from tests.support import lazy
 from tests.support import proxy as faults
@@ -393,3 +396,48 @@ def _kill(mount: Mount, victim: str) -> None:
                     os.kill(pid, signal.SIGKILL)
         case "keeper":
             subprocess.run(["pkill", "-KILL", "-f", "^/usr/bin/sleep infinity"], check=False)
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether a process has ended, though nobody may have asked how."""
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "\nState:\tZ" in status.read_text()
+
+
+@pytest.mark.logs("a killed daemon left")
+@pytest.mark.parametrize("method", ["fanotify"])
+def test_all_who_guard_a_layer_die_at_once(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy
+) -> None:
+    """What is read until a server is there again may be zeros: nobody goes on with that."""
+    mount, image = lazy_mount, images["estargz"]
+    name = image.at(front.host)
+    mount.pull(name)
+    # Its program is here, else it would crash over zeros.
+    script = "/bin/busybox cat /bin/busybox > /dev/null; echo ready; exec /bin/busybox sleep 1000"
+    mount.container("runs", name, "/bin/busybox", "sh", "-c", script)
+    mount.container("idle", name, "/bin/busybox", "sh", "-c", SUMS)
+    mount.write("containers/runs/state", "start")
+    for top in (mount.path / "containers/idle/rootfs", mount.path / "images" / name / "rootfs"):
+        assert (top / "data/small001").read_bytes() == image.files["data/small001"]
+    until(lambda: mount.read("containers/runs/log") == "ready")
+    init, mount_pid = int(mount.read("containers/runs/pid")), mount.pid
+    view = Path(f"/proc/{init}/root/data")
+    holders = keeper.find(group_name(mount.run))
+    assert len(holders) >= 4
+    mount.kill()  # first, or it would see the others die
+    for pid in set(holders) - {mount_pid}:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not keeper.find(group_name(mount.run)))
+    assert (view / "large1").read_bytes() == bytes(len(image.files["data/large1"]))
+    mount.start()
+    until(lambda: mount.read("containers/runs/state") == "stopped")
+    until(lambda: _is_gone(init))
+    assert "monitor" in mount.read("containers/runs/error")
+    until(lambda: "may have read zeros" in mount.read("errors"))
+    assert f"/images/{name}/layers/0/rootfs: read" in mount.read("errors")
+    for top in (mount.path / "containers/idle/rootfs", mount.path / "images" / name / "rootfs"):
+        until(partial(_reads, top / "data/large1", image.files["data/large1"]))
+    mount.write("containers/idle/state", "start")
+    assert mount.read("containers/idle/wait") == "0"
+    assert mount.read("containers/idle/log") + "\n" == image.sums
