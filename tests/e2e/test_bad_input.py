@@ -456,7 +456,9 @@ def test_a_container_that_fills_the_disk_can_be_removed(busybox: str, tmp_path: 
         try:
             full.start()
             full.pull(busybox)
-            full.container("greedy", busybox, "sh", "-c", "cat /dev/zero > /big; exec sleep 100")
+            full.container(
+                "greedy", busybox, "sh", "-c", "sleep 0.5; cat /dev/zero > /big; exec sleep 100"
+            )
             full.write("containers/greedy/state", "start")
             wait_until(lambda: os.statvfs(full.root).f_bavail == 0)
             full.kill()
