@@ -405,7 +405,7 @@ def _kill(mount: Mount, victim: str) -> None:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         case "keeper":
-            subprocess.run(["pkill", "-KILL", "-f", "^/usr/bin/sleep infinity"], check=False)
+            keeper.stop(group_name(mount.run))
 
 
 def _is_gone(pid: int) -> bool:
