@@ -120,6 +120,7 @@ class Containers:
                 log.error("%s: killed: %s", container.id, sentence)
                 with suppress(ContainerBusy):  # it has just ended
                     await container.kill()
+                container.error = sentence
 
     async def detach_idle(self) -> None:
         """Take the root filesystems of containers that do not run away, so that their next use

@@ -78,6 +78,7 @@ class LayerClient:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._up = trio.Event()
+        self._holding = trio.Lock()
         # Descriptors that whoever reads incomplete layers should hold, to pass to monitors.
         self.held: tuple[int, ...] = ()
 
@@ -91,6 +92,8 @@ class LayerClient:
         """
         answer = await self._ask(Open(diff_id))
         assert isinstance(answer, Device)
+        if not answer.served:
+            await self._hold()  # whoever mounts it hands that on to a monitor
         return answer
 
     async def begin(self, diff_id: Digest) -> None:
@@ -183,14 +186,15 @@ class LayerClient:
     async def _hold(self) -> None:
         """Hold the group of events that readers wait for, so that it outlives the server, and
         the monitors of containers can hold it as well."""
-        if self.held:
-            return
         name = group_name(self._run)
-        for pid in await trio.to_thread.run_sync(keeper.find, name):
-            taken = await trio.to_thread.run_sync(keeper.take, pid, name)
-            if taken is not None:
-                self.held = taken
+        async with self._holding:
+            if self.held:
                 return
+            for pid in await trio.to_thread.run_sync(keeper.find, name):
+                taken = await trio.to_thread.run_sync(keeper.take, pid, name)
+                if taken is not None:
+                    self.held = taken
+                    return
 
     async def _listening(self) -> trio.SocketStream:
         """A connection that brings news, of a server that is started if there is none."""

@@ -1,13 +1,16 @@
 """One registry, a few real images, and a daemon, shared by all tests of the whole."""
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from tests.support.layouts import busybox_layout
+from tests.support import lazy
+from tests.support.layouts import OciLayout, busybox_layout, tar_of
 from tests.support.mount import Mount
 from tests.support.registry import Registry
 from tools import images
@@ -45,13 +48,14 @@ def debian(registry: Registry, debian_layout: Path) -> str:
     return f"{registry.host}/library/debian:two"
 
 
-def write_config(path: Path, registry: Registry) -> Path:
+def write_config(path: Path, registry: Registry, *, fill: bool = True) -> Path:
     """Settings for tests: docker.io is our registry, and nobody waits for long."""
     settings = {
         "store": {
             "registries": {"docker.io": {"mirrors": [registry.host]}},
             "layers": {"ratio_floor": 64 << 20},
             "patience": {"read_seconds": 2.0, "attempts": 3, "backoff_seconds": 0.05},
+            "lazy": {"fill": fill},
         }
     }
     path.write_text(json.dumps(settings))
@@ -112,18 +116,30 @@ def check_log(mount: Mount, start: int, request: pytest.FixtureRequest) -> None:
     assert not unexpected, "\n".join(unexpected)
 
 
+@pytest.fixture(scope="session")
+def lazy_image(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The reference of an image with one lazy layer, in the registry."""
+    files = {"etc/": b"", "etc/motd": b"hello\n", "data": random.Random(1).randbytes(1 << 20)}
+    layer = lazy.estargz(tar_of(files), chunk_size=64 << 10)
+    layout = OciLayout(tmp_path_factory.mktemp("lazy") / "oci")
+    layout.blob(layer.data, layer.layer.media_type)
+    manifest = layout.manifest([msgspec.to_builtins(layer.layer)], [layer.diff_id])
+    return registry.push(layout, manifest, "lazy", "v1")
+
+
 @pytest.fixture(scope="module")
 def used_mount(
-    registry: Registry, busybox: str, tmp_path_factory: pytest.TempPathFactory
+    registry: Registry, busybox: str, lazy_image: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Mount]:
-    """A daemon with everything that makes files appear: an image, and containers that have not
-    run (`idle`), run (`busy`) and have ended (`done`)."""
+    """A daemon with everything that makes files appear: a complete image and one that is not,
+    and containers that have not run (`idle`), run (`busy`) and have ended (`done`)."""
     directory = tmp_path_factory.mktemp("used")
     mount = Mount(directory)
-    mount.config = write_config(directory / "config.json", registry)
+    mount.config = write_config(directory / "config.json", registry, fill=False)
     try:
         mount.start()
         mount.pull(busybox)
+        mount.pull(lazy_image)
         mount.container("idle", busybox, "sh", "-c", "exit 0")
         mount.container("busy", busybox, "sh", "-c", "echo busy; sleep 1000")
         mount.write("containers/busy/state", "start")

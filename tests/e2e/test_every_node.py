@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -62,6 +63,19 @@ def read(path: Path, size: int, limit: int = 1 << 30) -> bytes:
         return b"".join(pieces)
     finally:
         os.close(descriptor)
+
+
+def test_an_incomplete_image_is_among_them(used_mount: Mount, lazy_image: str) -> None:
+    top = used_mount.path / "images" / lazy_image
+    assert {top / "fetch", top / "state", top / "layers/0/lazy", top / "layers/0/fetched"} <= {
+        path for path, _ in files(used_mount.path)
+    }
+    values = {name: (top / name).read_text() for name in ("state", "fetch", "layers/0/fetched")}
+    assert re.fullmatch(r"lazy \d\d?%\n", values["state"])
+    assert values["fetch"] == ""
+    assert 0 < int(values["layers/0/fetched"]) < int((top / "layers/0/size").read_text())
+    assert (top / "layers/0/lazy").read_text() == "yes\n"
+    assert (top / "layers/0/format").read_text() == "estargz\n"
 
 
 def test_reads_of_all_sizes_agree(used_mount: Mount) -> None:
@@ -196,3 +210,7 @@ def test_files_of_a_container_that_has_gone(used_mount: Mount) -> None:
             assert error.errno in (errno.ENOENT, errno.ESTALE), path
         os.close(descriptor)
     assert not container.exists()
+
+
+def test_looking_at_everything_has_fetched_nothing(used_mount: Mount, lazy_image: str) -> None:
+    assert used_mount.read(f"images/{lazy_image}/state").startswith("lazy ")

@@ -3,26 +3,39 @@ their bytes are here, filled, cut off, and with every process killed."""
 
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
 import random
 import re
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import pytest
 
+from runtime import keeper
+from runtime.layerserver.fanotify_serving import group_name
+from store.config import StoreConfig
+from store.index_artifact import push_indexes
+from store.index_document import encode_index
+from store.manifest import Descriptor
+from store.push import Pusher
+from store.reference import parse_reference
+from store.registry import Registry as Client
 from tests.e2e.conftest import check_log
 from tests.support import lazy
 from tests.support import proxy as faults
-from tests.support.layouts import OciLayout, sha256, tar_of
+from tests.support.indexing import digest, index_of, table_of
+from tests.support.layouts import GZIP, OciLayout, compress, sha256, tar_of
 from tests.support.mount import Mount
 from tests.support.proxy import Proxy
 from tests.support.registry import Registry
@@ -392,4 +405,120 @@ def _kill(mount: Mount, victim: str) -> None:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         case "keeper":
-            subprocess.run(["pkill", "-KILL", "-f", "^/usr/bin/sleep infinity"], check=False)
+            keeper.stop(group_name(mount.run))
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether a process has ended, though nobody may have asked how."""
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "\nState:\tZ" in status.read_text()
+
+
+@pytest.mark.logs("a killed daemon left")
+@pytest.mark.parametrize("method", ["fanotify"])
+def test_all_who_guard_a_layer_die_at_once(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy
+) -> None:
+    """What is read until a server is there again may be zeros: nobody goes on with that."""
+    mount, image = lazy_mount, images["estargz"]
+    name = image.at(front.host)
+    mount.pull(name)
+    # Its program is here, else it would crash over zeros.
+    script = "/bin/busybox cat /bin/busybox > /dev/null; echo ready; exec /bin/busybox sleep 1000"
+    mount.container("runs", name, "/bin/busybox", "sh", "-c", script)
+    mount.container("idle", name, "/bin/busybox", "sh", "-c", SUMS)
+    mount.write("containers/runs/state", "start")
+    for top in (mount.path / "containers/idle/rootfs", mount.path / "images" / name / "rootfs"):
+        assert (top / "data/small001").read_bytes() == image.files["data/small001"]
+    until(lambda: mount.read("containers/runs/log") == "ready")
+    init, mount_pid = int(mount.read("containers/runs/pid")), mount.pid
+    view = Path(f"/proc/{init}/root/data")
+    holders = keeper.find(group_name(mount.run))
+    assert len(holders) >= 4
+    mount.kill()  # first, or it would see the others die
+    for pid in set(holders) - {mount_pid}:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not keeper.find(group_name(mount.run)))
+    assert (view / "large1").read_bytes() == bytes(len(image.files["data/large1"]))
+    mount.start()
+    until(lambda: mount.read("containers/runs/state") == "stopped")
+    until(lambda: _is_gone(init))
+    assert "monitor" in mount.read("containers/runs/error")
+    until(lambda: "may have read zeros" in mount.read("errors"))
+    assert f"/images/{name}/layers/0/rootfs: read" in mount.read("errors")
+    for top in (mount.path / "containers/idle/rootfs", mount.path / "images" / name / "rootfs"):
+        until(partial(_reads, top / "data/large1", image.files["data/large1"]))
+    mount.write("containers/idle/state", "start")
+    assert mount.read("containers/idle/wait") == "0"
+    assert mount.read("containers/idle/log") + "\n" == image.sums
+
+
+def lying_index(directory: Path, archive: bytes, layer: Descriptor) -> bytes:
+    """An index of a layer by which anybody may become root."""
+    index = index_of(compress(archive, GZIP), archive, directory)
+    entries = [
+        msgspec.structs.replace(entry, mode=entry.mode | stat.S_ISUID)
+        if stat.S_ISREG(entry.mode)
+        else entry
+        for entry in index.entries
+    ]
+    table = table_of(index, directory)
+    document = io.BytesIO()
+    encode_index(entries, table, layer.content, digest(archive), document)
+    table.close()
+    return document.getvalue()
+
+
+@pytest.mark.fill
+@pytest.mark.logs("is another in the layer")
+@pytest.mark.parametrize("method", ["fanotify"])
+def test_an_index_that_lies_is_found_out(
+    lazy_mount: Mount, registry: Registry, tmp_path: Path
+) -> None:
+    mount = lazy_mount
+    layout = OciLayout(tmp_path / "ordinary")
+    archive = tar_of({"bin/": b"", "bin/tool": noise(1, 2_000_000)})
+    name = registry.push(layout, layout.image(archive), "lying", "v1")
+    blob = compress(archive, GZIP)
+    layer = Descriptor(GZIP, digest(blob), len(blob))
+    reference, config = parse_reference(name), StoreConfig()
+    pusher, client = Pusher(reference, config), Client(reference, config)
+    manifest, _ = client.resolve()
+    document = lying_index(tmp_path, archive, layer)
+    push_indexes(pusher, client, manifest, {layer.content: document})
+    pusher.close()
+    client.close()
+    mount.pull(name)
+    assert mount.read(f"images/{name}/layers/0/format") == "gzip+index"
+    until(lambda: mount.read(f"images/{name}/state") == f"corrupt {layer.digest}")
+    line = mount.last_error()
+    assert f"/images/{name}/layers/0/rootfs: read" in line
+    assert "the index that the layer was loaded by is wrong: '/bin/tool' is another" in line
+    mount.pull(name)
+    assert mount.read(f"images/{name}/state") == "complete"
+    tool = mount.path / "images" / name / "rootfs/bin/tool"
+    assert not tool.stat().st_mode & stat.S_ISUID
+    assert tool.read_bytes() == noise(1, 2_000_000)
+
+
+@pytest.mark.parametrize("method", ["fuse"])
+def test_a_lazy_pull_that_is_interrupted(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy
+) -> None:
+    mount, image = lazy_mount, images["zstd"]
+    name = image.at(front.host)
+    front.on(f"/blobs/{image.layer.digest}", faults.stall)
+    command = ["sh", "-c", f"echo {name} > {mount.path}/images/pull"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as writer:
+        until(lambda: bool(front.paths(f"/blobs/{image.layer.digest}")))
+        assert mount.read("images/pull").startswith(name)
+        begin = time.monotonic()
+        writer.send_signal(signal.SIGINT)
+        writer.wait(10)
+    assert time.monotonic() - begin < 2
+    until(lambda: mount.read("images/pull") == "")
+    assert not (mount.path / "images" / name).exists()
+    assert os.listdir(mount.root / "layers/tmp") == []
+    front.heal()
+    mount.pull(name)
+    check_files(image, mount.path / "images" / name / "rootfs")

@@ -19,6 +19,7 @@ from runtime.errors import (
     InvalidSetting,
     StdinClosed,
 )
+from store.cas import digest_of
 from store.errors import CtrfsError, ImageInUse, ImageNotFound
 from tests.runtime.support import (
     IMAGE,
@@ -787,3 +788,18 @@ async def test_out_of_memory_is_named(room: Room) -> None:
     await container.start()
     assert await container.wait() == 137
     assert "out of memory" in container.error
+
+
+@pytest.mark.logs("killed: they may have read zeros")
+async def test_containers_of_a_layer_that_was_read_wrongly_are_ended(room: Room) -> None:
+    running, stopped = await room.make("a", "sleep", "100"), await room.make("b", "true")
+    await running.start()
+    await stopped.start()
+    await stopped.wait()
+    await room.containers.condemn(digest_of(b"another layer"), "they may have read zeros")
+    assert running.is_running
+    (diff_id,) = room.store.images.named(IMAGE).diff_ids
+    await room.containers.condemn(diff_id, "they may have read zeros")
+    assert (running.state, running.exit_code) == ("stopped", 137)
+    assert running.error == "they may have read zeros"
+    assert (stopped.exit_code, stopped.error) == (0, "")
