@@ -102,12 +102,14 @@ def _inflate(table: SpanTable, number: int, span: Span, blob: bytes | memoryview
 
 def _gzip(blob: bytes | memoryview, size: int) -> bytes:
     """Members one after another, until ``size`` bytes are out; zeros between are padding."""
-    out = bytearray()
-    rest = bytes(blob)
-    while rest and len(out) < size:
+    member = isal_zlib.decompressobj(wbits=31)
+    first = member.decompress(blob, size)
+    if len(first) == size:  # nearly always, and then nothing is copied
+        return first
+    out = bytearray(first)
+    while len(out) < size and (rest := member.unused_data.lstrip(b"\0")):
         member = isal_zlib.decompressobj(wbits=31)
         out += member.decompress(rest, size - len(out))
-        rest = member.unused_data.lstrip(b"\0")
     return bytes(out)
 
 

@@ -70,6 +70,11 @@ async def _serve(
     failures = Failures()
     try:
         async with trio.open_nursery() as nursery, containers.opened():
+            follower = layers.Follower(
+                store, rootfs, containers, automounts, failures, nursery, client
+            )
+            # It takes as long to come up as the rest does.
+            nursery.start_soon(client.follow, follower.heard, follower.restarted)
             context = Context(
                 store=store,
                 pulls=Pulls(store, client, indexer),
@@ -82,10 +87,7 @@ async def _serve(
                 info=await trio.to_thread.run_sync(features.report, config.runtime),
             )
             nursery.start_soon(indexer.run)
-            follower = layers.Follower(
-                store, rootfs, containers, automounts, failures, nursery, client
-            )
-            nursery.start_soon(client.follow, follower.heard, follower.restarted)
+            await client.wait_until_up()
             stop = trio.Event()
             nursery.start_soon(_stop_on_signal, stop)
             root = Root(context)

@@ -78,6 +78,7 @@ class LayerClient:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._holding = trio.Lock()
+        self._up = trio.Event()
         # Descriptors that whoever reads incomplete layers should hold, to pass to monitors.
         self.held: tuple[int, ...] = ()
 
@@ -166,6 +167,7 @@ class LayerClient:
         (self._run / protocol.CONFIG).write_bytes(msgspec.json.encode(self._config))
         (self._run / protocol.CONFIG).chmod(0o600)
         listening = await self._listening()
+        self._up.set()
         await self._ask(Configure(self._config))  # for one that was here before this daemon
         if self._process is not None:
             restarted()
@@ -175,6 +177,11 @@ class LayerClient:
             log.warning("the layer server has died; it is started again")
             listening = await self._listening()
             restarted()
+
+    async def wait_until_up(self) -> None:
+        """Wait for the first server, though not for ever: images in full can do without."""
+        with trio.move_on_after(_START_SECONDS):
+            await self._up.wait()
 
     async def _hold(self) -> None:
         """Hold the group of events that readers wait for, so that it outlives the server, and

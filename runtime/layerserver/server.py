@@ -202,7 +202,7 @@ class LayerServer:
             self._lender,
             self._config.lazy,
             self._failed,
-            self._filler.wake,
+            lambda: self._all_here(diff_id),
         )
         fetcher.refused = lazy.refusal(directory)
         # Another task may have been faster.
@@ -215,6 +215,13 @@ class LayerServer:
         self._slots.used()  # who had it opened will read it
         self._filler.wake()
         return known
+
+    def _all_here(self, diff_id: Digest) -> None:
+        """Each content was verified by itself: who reads need not wait for the rest."""
+        fetcher = self._fetchers.get(diff_id)
+        if fetcher is not None and fetcher.layer.record.vouched:
+            self._serving.completed(fetcher)
+        self._filler.wake()
 
     async def _begin(self, fetcher: Fetcher) -> None:
         """What a layer wants first is fetched, and others may borrow from it."""
@@ -355,7 +362,7 @@ class LayerServer:
 
     async def _device(self, diff_id: Digest) -> Device:
         fetcher = await self._open(diff_id)
-        if fetcher is None or fetcher.layer.complete:
+        if fetcher is None or fetcher.layer.complete or _all_contents(fetcher):
             name = diff_id.removeprefix("sha256:")
             return Device(str(self._layers / name / "data"), served=False)
         return self._serving.device(fetcher)
@@ -385,6 +392,10 @@ class LayerServer:
             for diff_id, fetcher in self._fetchers.items()
         }
         return Report(os.getpid(), self._serving.name, self._why, layers)
+
+
+def _all_contents(fetcher: Fetcher) -> bool:
+    return fetcher.layer.whole and fetcher.layer.record.vouched
 
 
 def _choose(

@@ -29,7 +29,7 @@ class Serving(Protocol):
         """A layer will be mounted, or is already, from a server before. Raises OSError."""
 
     def completed(self, fetcher: Fetcher) -> None:
-        """All of a layer is here and verified."""
+        """All contents of a layer are here, each verified. May be called again."""
 
     def device(self, fetcher: Fetcher) -> Device:
         """What to mount as the layer's device."""
