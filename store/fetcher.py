@@ -122,8 +122,18 @@ class Fetcher:
 
     async def need(self, spans: range) -> None:
         """Wait until spans are here. Raises as ``read``."""
+        missing = self.want(spans)
+        if missing:
+            try:
+                await self._patiently(missing)
+            finally:
+                self._slots.used()
+
+    def want(self, spans: range) -> list[int]:
+        """Somebody reads spans: ask for what is missing of them, which is given back, and for
+        what will be read next."""
         if not spans:
-            return
+            return []
         missing = [number for number in spans if not self.layer.has(number)]
         ahead = self._ahead.advance(spans[0], spans[-1])
         if missing:
@@ -133,11 +143,7 @@ class Fetcher:
             self._request(range(missing[0], last + 1), self._slots.readers)
         if ahead:
             self._request(ahead, self._slots.readers)
-        if missing:
-            try:
-                await self._patiently(missing)
-            finally:
-                self._slots.used()
+        return missing
 
     async def _patiently(self, missing: list[int]) -> None:
         deadline = trio.current_time() + self._config.read_seconds

@@ -18,7 +18,7 @@ from pathlib import Path
 from tools.comparison import CASES, LINKS, Case, Comparison
 from tools.figures import FIGURES
 from tools.results import read
-from tools.shelf import FORMATS, SIZES, Shelf
+from tools.shelf import FORMATS, SIZES, WORKLOADS, Shelf
 
 
 def _arguments() -> argparse.Namespace:
@@ -36,7 +36,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="that ctrfs uses")
     parser.add_argument("--mode", choices=("lazy", "full"), default="lazy", help="of our pulls")
-    parser.add_argument("--traced", action="store_true", help="convert with a trace of the import")
+    parser.add_argument(
+        "--traced", choices=WORKLOADS, default="", help="convert with a trace of this workload"
+    )
     parser.add_argument("--side", choices=("both", "ctrfs", "other"), default="both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     parser.add_argument(

@@ -16,7 +16,7 @@ from tools.delay import Counter
 from tools.links import proxy
 from tools.opened import compressed_bytes, opened_files
 from tools.results import MB
-from tools.shelf import ESTARGZ, NUMPY, ORDINARY
+from tools.shelf import ESTARGZ, NUMPY, ORDINARY, PRINT
 from tools.sides import (
     FIND,
     READ_ALL,
@@ -29,7 +29,6 @@ from tools.sides import (
     timed,
 )
 
-PRINT = ("python3", "-c", "print(1)")
 # Reads from its image, says so, and stays.
 STAYING = ("python3", "-c", "import numpy, time; print(1, flush=True); time.sleep(100000)")
 CONTAINERS = 20

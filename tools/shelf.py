@@ -26,7 +26,9 @@ ORDINARY = "gzip"
 ESTARGZ = "estargz"
 FORMATS = (ESTARGZ, "zstd:chunked", ORDINARY)
 
+PRINT = ("python3", "-c", "print(1)")
 NUMPY = ("python3", "-c", "import numpy")
+WORKLOADS = {"print": PRINT, "numpy": NUMPY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,12 @@ class Shelf:
     Attributes:
         work: has the content in `registry`; it can be used again and again.
         scratch: for what is needed for the time of a conversion.
-        traced: convert with the files first that `import numpy` opens.
+        traced: convert with the files first that this one of WORKLOADS opens; empty: as they are.
     """
 
     work: Path
     scratch: Path
-    traced: bool
+    traced: str
 
     @property
     def data(self) -> Path:
@@ -50,7 +52,7 @@ class Shelf:
 
     def name(self, size: str, form: str) -> str:
         """The reference of an image without its host."""
-        traced = "-traced" if self.traced and form != ORDINARY else ""
+        traced = f"-{self.traced}" if self.traced and form != ORDINARY else ""
         return f"bench/{size}:{form.replace(':', '-')}{traced}"
 
     def provide(self, size: str, form: str) -> None:
@@ -72,7 +74,8 @@ class Shelf:
             options: tuple[str, ...] = ()
             if self.traced:
                 trace = Path(place) / "trace"
-                trace.write_text("".join(f"/{path}\n" for path in opened_files(tree(size), *NUMPY)))
+                opened = opened_files(tree(size), *WORKLOADS[self.traced])
+                trace.write_text("".join(f"/{path}\n" for path in opened))
                 options = ("--trace", str(trace))
             source = f"docker://{link.host}/{self.name(size, ORDINARY)}"
             convert(source, target, form, *options)

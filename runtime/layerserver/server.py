@@ -8,7 +8,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,10 +65,6 @@ log = logging.getLogger(__name__)
 # A daemon that was killed comes back sooner; else nobody needs this process.
 _GRACE_SECONDS = 10.0
 _MAX_REQUEST = 16 << 20
-# What is wanted first is inflated and hashed by two threads; more would take the processors
-# from the container that starts meanwhile.
-_PREFETCHES = 2
-_PREFETCH_BYTES = 2 << 20
 # Spans asked for at once where all of a layer is wanted.
 _BATCH = 500
 
@@ -241,19 +237,13 @@ class LayerServer:
         return Registry(described.reference, self._config)
 
     async def _prefetch(self, fetcher: Fetcher, wanted: list[range]) -> None:
-        """Bring spans in order, in a few requests at once, which as many threads take in."""
-        parts = iter([part for spans in wanted for part in _portions(fetcher, spans)])
-
-        async def work() -> None:
-            try:
-                for part in parts:
-                    await fetcher.bring(part, self._slots.readers)
-            except StoreError as error:
-                log.info("fetching what is wanted first of %s: %s", fetcher.layer.diff_id, error)
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(_PREFETCHES):
-                nursery.start_soon(work)
+        """Bring spans in order. One request at a time: a second would take the processor from the
+        container that starts meanwhile, and what it wants first would come no sooner."""
+        try:
+            for spans in wanted:
+                await fetcher.bring(spans, self._slots.readers)
+        except StoreError as error:
+            log.info("fetching what is wanted first of %s: %s", fetcher.layer.diff_id, error)
 
     async def _finish(self, fetcher: Fetcher) -> None:
         """Complete a whole layer when there is time; a disk that is full is waited for."""
@@ -427,17 +417,6 @@ def _choose(
     if method == "fanotify":
         raise Unsupported(f"layers can't be served with fanotify: {why}")
     return FuseServing(run, find), why
-
-
-def _portions(fetcher: Fetcher, spans: range) -> Iterator[range]:
-    """Spans in requests of some megabytes."""
-    table = fetcher.layer.table
-    first = spans.start
-    while first < spans.stop:
-        edge = table.range_of(first)[0] + _PREFETCH_BYTES
-        stop = max(first + 1, min(spans.stop, table.span_at(edge)))
-        yield range(first, stop)
-        first = stop
 
 
 def _spans(fetcher: Fetcher, ranges: Ranges) -> list[range]:

@@ -345,6 +345,7 @@ async def test_a_byte_behind_contents_that_is_wrong_once_is_mended(
         await site.client.complete(DIFF_ID)
         assert site.store.percent(image) is None
         assert bytes_asked(front) < asked + 4 * CHUNK
+        await site.told("complete")
         assert [news.kind for news in site.news] == ["complete"]
 
 
