@@ -104,7 +104,7 @@ class Fetcher:
         self._failed = failed
         self._whole = whole
         self._pending: dict[int, _Pending] = {}
-        self._ahead = ReadAhead(layer.table)
+        self._ahead = ReadAhead(layer.table, layer.has)
         self._token = trio.lowlevel.current_trio_token()
 
     # --- for readers -------------------------------------------------------------------

@@ -219,10 +219,6 @@ class LazyLayer:
             number += 1
         return number
 
-    def missing(self, offset: int, length: int) -> list[int]:
-        """The spans that bytes of the data file come from and that are not here."""
-        return [n for n in self.table.spans_for(offset, length) if not self.has(n)]
-
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the data file, whose spans must be here."""
         return os.pread(self.data_fd, length, offset)

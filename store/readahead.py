@@ -7,6 +7,7 @@ fetches nothing but itself.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from store.spans import SpanTable
@@ -36,10 +37,12 @@ class ReadAhead:
 
     Args:
         table: the layer's.
+        has: whether a span is here.
     """
 
-    def __init__(self, table: SpanTable) -> None:
+    def __init__(self, table: SpanTable, has: Callable[[int], bool]) -> None:
         self._table = table
+        self._has = has
         self._streams: deque[_Stream] = deque(maxlen=STREAMS)
 
     def advance(self, first: int, last: int) -> range:
@@ -60,9 +63,13 @@ class ReadAhead:
 
     def _extend(self, stream: _Stream, start: int) -> range:
         number = self._table.span_at(start)
-        stream.length = min(2 * stream.length, MAX_BYTES)
-        limit = min(start + stream.length, self._table.blob_size)
+        length = min(2 * stream.length, MAX_BYTES)
+        limit = min(start + length, self._table.blob_size)
         stop = self._table.span_at(limit - 1) + 1 if number < self._table.spans else number
-        stream.end = self._table.range_of(stop - 1)[1] if stop > number else start
+        ahead = range(number, stop)
+        # Who reads what is here already has shown no need for more.
+        if not all(map(self._has, ahead)):
+            stream.length = length
+        stream.end = self._table.range_of(stop - 1)[1] if ahead else start
         stream.trigger = start + (stream.end - start) // 2
-        return range(number, stop)
+        return ahead

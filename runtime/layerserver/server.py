@@ -92,6 +92,7 @@ class LayerServer:
         self._serving, self._why = _choose(root, run, config, self._by_name)
         self._lender = Lender(self._layers, self._cas, self._lazy_layer)
         self._completing = trio.Lock()
+        self._sources: dict[str, Source] = {}
         self._listeners: set[trio.MemorySendChannel[News]] = set()
         self._configure(config)
 
@@ -231,10 +232,16 @@ class LayerServer:
         await trio.to_thread.run_sync(self._lender.add, layer)
 
     def _source(self, layer: LazyLayer) -> Source:
-        described = parse_source(layer.record.sources[0])
-        if isinstance(described, LayoutSource):
-            return Layout(described, self._config.limits)
-        return Registry(described.reference, self._config)
+        """Where the layer comes from. Layers of one image share it with its connections, and
+        what it has learned of the registry, as a token."""
+        name = layer.record.sources[0]
+        if name not in self._sources:
+            described = parse_source(name)
+            if isinstance(described, LayoutSource):
+                self._sources[name] = Layout(described, self._config.limits)
+            else:
+                self._sources[name] = Registry(described.reference, self._config)
+        return self._sources[name]
 
     async def _prefetch(self, fetcher: Fetcher, wanted: list[range]) -> None:
         """Bring spans in order. One request at a time: a second would take the processor from the
@@ -347,6 +354,7 @@ class LayerServer:
                     self._filler.fill = config.lazy.fill
                     self._filler.rate = config.lazy.fill_rate
                     self._config = config
+                    self._sources = {}
                     self._filler.wake()
                 case End():
                     if self._serving.in_use:

@@ -32,19 +32,19 @@ def size_of(table: SpanTable) -> int:
 
 
 def test_a_read_here_and_there_fetches_nothing_ahead(table: SpanTable) -> None:
-    ahead = ReadAhead(table)
+    ahead = ReadAhead(table, lambda number: False)
     step = max(4 * FIRST_BYTES // size_of(table), 2)
     for number in [*range(0, table.spans, step), *range(step // 2, table.spans, step)][::-1]:
         assert not ahead.advance(number, number)
 
 
 def test_a_span_that_is_read_again_and_again_is_no_stream(table: SpanTable) -> None:
-    ahead = ReadAhead(table)
+    ahead = ReadAhead(table, lambda number: False)
     assert [len(ahead.advance(7, 7)) for _ in range(3 * STREAMS)] == [0] * 3 * STREAMS
 
 
 def test_who_reads_on_gets_twice_as_much_each_time_without_gaps(table: SpanTable) -> None:
-    ahead = ReadAhead(table)
+    ahead = ReadAhead(table, lambda number: False)
     asked = [found for n in range(table.spans) for _ in range(8) if (found := ahead.advance(n, n))]
     assert [one.stop for one in asked[:-1]] == [next_one.start for next_one in asked[1:]]
     assert (asked[0].start, asked[-1].stop) == (2, table.spans)
@@ -60,7 +60,7 @@ def test_who_reads_on_gets_twice_as_much_each_time_without_gaps(table: SpanTable
 
 
 def test_nothing_is_asked_for_before_half_of_it_is_read(table: SpanTable) -> None:
-    ahead = ReadAhead(table)
+    ahead = ReadAhead(table, lambda number: False)
     under_way = range(0)
     for number in range(table.spans):
         found = ahead.advance(number, number)
@@ -70,7 +70,7 @@ def test_nothing_is_asked_for_before_half_of_it_is_read(table: SpanTable) -> Non
 
 
 def test_several_streams_are_kept_apart(table: SpanTable) -> None:
-    ahead = ReadAhead(table)
+    ahead = ReadAhead(table, lambda number: False)
     starts = [table.spans * n // 4 for n in range(4)]
     most = [0] * 4
     for step in range(table.spans // 8):
@@ -83,7 +83,7 @@ def test_several_streams_are_kept_apart(table: SpanTable) -> None:
 
 def test_reads_elsewhere_do_not_end_a_stream(tmp_path: Path) -> None:
     table = table_of(tmp_path / "spans", SMALL, 16 << 10)
-    ahead = ReadAhead(table)
+    ahead = ReadAhead(table, lambda number: False)
     found = [ahead.advance(0, 0)]
     for number in range(1, 1000):
         elsewhere = 2000 + 13 * number
@@ -94,7 +94,7 @@ def test_reads_elsewhere_do_not_end_a_stream(tmp_path: Path) -> None:
 
 def test_reads_in_a_slightly_other_order_are_one_stream(tmp_path: Path) -> None:
     table = table_of(tmp_path / "spans", SMALL, 4 << 10)
-    ahead = ReadAhead(table)
+    ahead = ReadAhead(table, lambda number: False)
     asked = []
     for number in range(0, 200, 2):
         asked += [ahead.advance(number + 1, number + 1), ahead.advance(number, number)]
@@ -104,8 +104,16 @@ def test_reads_in_a_slightly_other_order_are_one_stream(tmp_path: Path) -> None:
 
 
 def test_the_last_span_is_the_end(table: SpanTable) -> None:
-    ahead = ReadAhead(table)
+    ahead = ReadAhead(table, lambda number: False)
     last = table.spans - 1
     ahead.advance(last - 1, last - 1)
     assert not ahead.advance(last, last)
     assert not ahead.advance(last, last)
+
+
+def test_reading_what_is_here_makes_requests_no_longer(table: SpanTable) -> None:
+    here = table.spans // 2
+    ahead = ReadAhead(table, lambda number: number < here)
+    for number in range(here):
+        for found in ahead.advance(number, number):
+            assert found <= here + 2 * max(1, 2 * FIRST_BYTES // size_of(table))
