@@ -32,7 +32,7 @@ def client(options: Options, store: Store, level: str, *, background: bool) -> L
     """The daemon's connection to its layer server."""
     command = [sys.executable, "-m", "tools.layerserver", str(options.root), str(options.run)]
     command += [level, *(["log"] if background else [])]
-    return LayerClient(options.run, store.config, command)
+    return LayerClient(options.run, store.config, command, silent=background)
 
 
 class Follower:

@@ -70,12 +70,16 @@ class LayerClient:
         run: the server's run directory.
         config: the store's settings.
         command: starts a server.
+        silent: it must not keep our standard error open, for whose end somebody waits.
     """
 
-    def __init__(self, run: Path, config: StoreConfig, command: Sequence[str]) -> None:
+    def __init__(
+        self, run: Path, config: StoreConfig, command: Sequence[str], *, silent: bool = False
+    ) -> None:
         self._run = run
         self._config = config
         self._command = command
+        self._stderr = subprocess.DEVNULL if silent else None
         self._process: subprocess.Popen[bytes] | None = None
         self._up = trio.Event()
         self._holding = trio.Lock()
@@ -231,6 +235,7 @@ class LayerClient:
             self._command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
             env={**os.environ, **_MALLOC},
             start_new_session=True,  # signals from a terminal are for the daemon
         )

@@ -116,4 +116,4 @@ def test_reading_what_is_here_makes_requests_no_longer(table: SpanTable) -> None
     ahead = ReadAhead(table, lambda number: number < here)
     for number in range(here):
         for found in ahead.advance(number, number):
-            assert found <= here + 2 * max(1, 2 * FIRST_BYTES // size_of(table))
+            assert found <= here + max(2, 6 * FIRST_BYTES // size_of(table))
