@@ -55,9 +55,8 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     roots = (path.parent for depth in range(1, 5) for path in base.glob("*/" * depth + "ctrfs.db"))
     runs = map(run_directory, roots)
     places = tuple(f"{place}/" for place in (base, *runs))
-    # A monitor takes a moment to end after its container, a layer server whose daemon was killed
-    # its time of grace.
-    deadline = time.monotonic() + 15
+    # A monitor may take a moment to end after its container.
+    deadline = time.monotonic() + 3
     while (left := _left(places)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left, "left behind:\n" + "\n".join(left)

@@ -113,6 +113,7 @@ def test_the_last_span_is_the_end(table: SpanTable) -> None:
 
 def test_reading_what_is_here_makes_requests_no_longer(table: SpanTable) -> None:
     here = table.spans // 2
+    # The window that leads out of what is here, and the next one, asked for from its first half.
     ahead = ReadAhead(table, lambda number: number < here)
     for number in range(here):
         for found in ahead.advance(number, number):

@@ -63,16 +63,17 @@ def place(tmp_path: Path) -> Iterator[Place]:
     for root, mountpoint in made:
         if any(mount.target == str(mountpoint) for mount in linux.mounts()):
             assert ctrfs("umount", mountpoint).returncode == 0
-        for pid in pids(root):
+        # A layer server whose daemon was killed would wait a while for the next one.
+        for pid in pids(root) + pids(root, "layers.pid"):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(run_directory(root), ignore_errors=True)
 
 
-def pids(root: Path) -> list[int]:
-    """The daemon that has the root, if one does."""
+def pids(root: Path, file: str = "pid") -> list[int]:
+    """The daemon that has the root, if one does; or another process, by its pid file."""
     try:
-        return [int((run_directory(root) / "pid").read_text().split("\n")[0])]
+        return [int((run_directory(root) / file).read_text().split("\n")[0])]
     except FileNotFoundError:
         return []
 
