@@ -11,13 +11,14 @@ from pathlib import Path
 
 from store.cas import CHUNK
 from store.errors import DigestMismatch
+from store.extents import Places
 from store.index import Entry, read_index
 from store.tar import TarParser
 from store.tar_names import shown
 from store.unpack import aligned
 
 
-class ArchiveCheck:
+class ArchiveCheck(Places):
     """Takes the archive in pieces.
 
     Args:
@@ -29,11 +30,10 @@ class ArchiveCheck:
     """
 
     def __init__(self, index: Path, data_fd: int) -> None:
+        super().__init__()
         self._entries: Iterator[Entry] = iter(read_index(index))
         self._data_fd = data_fd
         self._parser = TarParser(self)
-        self._end = 0
-        self._target = 0
         self._checked = 0  # up to here the data file is right
 
     def feed(self, view: memoryview) -> None:
@@ -47,24 +47,15 @@ class ArchiveCheck:
         self._parser.finish()
         for entry in self._entries:
             raise _wrong(f"the layer has no {shown(entry.path)}")
-        self._skip_to(aligned(self._end))
-
-    # --- tar.Contents ---------------------------------------------------------------
-
-    def begin(self, size: int) -> int:
-        self._target = aligned(self._end)
-        self._end = self._target + size
-        return self._target
-
-    def seek(self, position: int) -> None:
-        self._target = position
+        self._skip_to(aligned(self.end))
 
     def write(self, view: memoryview) -> None:
-        self._skip_to(self._target)
-        if os.pread(self._data_fd, len(view), self._target) != bytes(view):
+        """See ``tar.Contents``."""
+        self._skip_to(self.target)
+        if os.pread(self._data_fd, len(view), self.target) != bytes(view):
             raise _wrong("the layer has other contents")
-        self._target += len(view)
-        self._checked = self._target
+        self.target += len(view)
+        self._checked = self.target
 
     def _skip_to(self, position: int) -> None:
         """What lies between contents must be zeros; holes are, and are not looked at."""

@@ -57,15 +57,36 @@ class Extents:
         return pieces
 
 
-class TarLayout:
-    """Parses an archive for where the contents of its files would go in a data file, which is
-    where ``unpack.DataFile`` puts them."""
+class Places:
+    """A ``tar.Contents`` that knows where ``unpack.DataFile`` puts each content.
+
+    Attributes:
+        end: of the latest content in the data file.
+        target: where the next bytes of it go.
+    """
 
     def __init__(self) -> None:
+        self.end = 0
+        self.target = 0
+
+    def begin(self, size: int) -> int:
+        """See ``tar.Contents``."""
+        self.target = aligned(self.end)
+        self.end = self.target + size
+        return self.target
+
+    def seek(self, position: int) -> None:
+        """See ``tar.Contents``."""
+        self.target = position
+
+
+class TarLayout(Places):
+    """Parses an archive for where the contents of its files would go in a data file."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.extents = Extents()
         self._parser = TarParser(self)
-        self._end = 0
-        self._target = 0
 
     def feed(self, view: memoryview) -> Iterator[Entry]:
         """See ``TarParser.feed``."""
@@ -74,18 +95,9 @@ class TarLayout:
     def finish(self) -> int:
         """See ``TarParser.finish``; the size of the data file."""
         self._parser.finish()
-        return aligned(self._end)
-
-    # --- tar.Contents ---------------------------------------------------------------
-
-    def begin(self, size: int) -> int:
-        self._target = aligned(self._end)
-        self._end = self._target + size
-        return self._target
-
-    def seek(self, position: int) -> None:
-        self._target = position
+        return aligned(self.end)
 
     def write(self, view: memoryview) -> None:
-        self.extents.add(Extent(self._parser.position, self._target, len(view)))
-        self._target += len(view)
+        """See ``tar.Contents``."""
+        self.extents.add(Extent(self._parser.position, self.target, len(view)))
+        self.target += len(view)

@@ -20,7 +20,7 @@ from store.lazy import read_record
 from store.lazy_pull import Filling, Indexing, LayerIndexes, pull_lazily
 from store.leftovers import Leftovers
 from store.manifest import Descriptor
-from store.oci_layout import Layout
+from store.open_source import open_source
 from store.platform import Platform
 from store.progress import LayerProgress, PullProgress
 from store.reference import (
@@ -30,7 +30,6 @@ from store.reference import (
     parse_reference,
     parse_source,
 )
-from store.registry import Registry
 from store.resolve import Cached, find
 from store.source import Source
 from store.store import Store
@@ -134,7 +133,7 @@ class Pulls:
         """One pull, visible in progress and events."""
         events = self._store.events
         progress = PullProgress(name or str(described).removeprefix("docker://"))
-        source = self._open(described)
+        source = open_source(described, self._store.config)
         begin = time.monotonic()
         self._running.append(progress)
         events.emit("pull.start", name=progress.name, source=str(described))
@@ -158,11 +157,6 @@ class Pulls:
             seconds=round(time.monotonic() - begin, 3),
         )
         return image
-
-    def _open(self, described: RegistrySource | LayoutSource) -> Source:
-        if isinstance(described, LayoutSource):
-            return Layout(described, self._store.config.limits)
-        return Registry(described.reference, self._store.config)
 
     async def _work(
         self,

@@ -16,10 +16,9 @@ from store.convert import WRITERS, convert
 from store.errors import InvalidReference, LimitExceeded, storage
 from store.layout_writer import LayoutTarget
 from store.lazy_format import Format
-from store.oci_layout import Layout
+from store.open_source import open_source
 from store.platform import Platform, parse_platform
 from store.reference import LayoutSource, RegistrySource, parse_source
-from store.registry import Registry
 from store.source import Source
 from store.target import RegistryTarget, Target
 from tools.convert_progress import progress
@@ -88,11 +87,7 @@ def _source(request: Request, config: StoreConfig) -> Iterator[tuple[Source, Pla
         with mounted_image(mountpoint, request.source, config.limits) as found:
             yield found
         return
-    source: Source
-    if isinstance(place, LayoutSource):
-        source = Layout(place, config.limits)
-    else:
-        source = Registry(place.reference, config)
+    source = open_source(place, config)
     try:
         yield source, config.wanted_platform
     finally:

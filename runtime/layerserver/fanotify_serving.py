@@ -173,8 +173,7 @@ def _range(fetcher: Fetcher, event: Event) -> tuple[int, int]:
 
 def _is_here(fetcher: Fetcher, event: Event) -> bool:
     """Whether a reader need not wait; what it will read next is asked for."""
-    layer = fetcher.layer
-    return layer.complete or layer.whole or not fetcher.want(_spans(fetcher, event))
+    return fetcher.layer.whole or not fetcher.want(_spans(fetcher, event))
 
 
 def _spans(fetcher: Fetcher, event: Event) -> range:

@@ -55,9 +55,8 @@ from store.errors import (
 from store.fetcher import Fetcher, Slots
 from store.lazy import LazyLayer
 from store.lender import Lender
-from store.oci_layout import Layout
-from store.reference import LayoutSource, parse_source
-from store.registry import Registry
+from store.open_source import open_source
+from store.reference import parse_source
 from store.source import Source
 
 log = logging.getLogger(__name__)
@@ -92,15 +91,15 @@ class LayerServer:
         self._serving, self._why = _choose(root, run, config, self._by_name)
         self._lender = Lender(self._layers, self._cas, self._lazy_layer)
         self._completing = trio.Lock()
-        self._sources: dict[str, Source] = {}
         self._listeners: set[trio.MemorySendChannel[News]] = set()
-        self._configure(config)
-
-    def _configure(self, config: StoreConfig) -> None:
-        """New settings count for layers that are opened from now on."""
-        self._config = config
         self._slots = Slots(config.lazy.requests)
         self._filler = Filler(self._here, self._slots, self._finish)
+        self._use(config)
+
+    def _use(self, config: StoreConfig) -> None:
+        """New settings count for layers that are opened from now on."""
+        self._config = config
+        self._sources: dict[str, Source] = {}
         self._filler.fill = config.lazy.fill
         self._filler.rate = config.lazy.fill_rate
 
@@ -220,7 +219,7 @@ class LayerServer:
     def _all_here(self, diff_id: Digest) -> None:
         """Each content was verified by itself: who reads need not wait for the rest."""
         fetcher = self._fetchers.get(diff_id)
-        if fetcher is not None and fetcher.layer.record.vouched:
+        if fetcher is not None and _all_contents(fetcher):
             self._serving.completed(fetcher)
         self._filler.wake()
 
@@ -236,11 +235,7 @@ class LayerServer:
         what it has learned of the registry, as a token."""
         name = layer.record.sources[0]
         if name not in self._sources:
-            described = parse_source(name)
-            if isinstance(described, LayoutSource):
-                self._sources[name] = Layout(described, self._config.limits)
-            else:
-                self._sources[name] = Registry(described.reference, self._config)
+            self._sources[name] = open_source(parse_source(name), self._config)
         return self._sources[name]
 
     async def _prefetch(self, fetcher: Fetcher, wanted: list[range]) -> None:
@@ -351,10 +346,7 @@ class LayerServer:
                         spans = _spans(fetcher, ranges)
                         self._nursery.start_soon(self._prefetch, fetcher, spans)
                 case Configure(config):
-                    self._filler.fill = config.lazy.fill
-                    self._filler.rate = config.lazy.fill_rate
-                    self._config = config
-                    self._sources = {}
+                    self._use(config)
                     self._filler.wake()
                 case End():
                     if self._serving.in_use:
