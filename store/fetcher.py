@@ -8,7 +8,7 @@ as soon as its own bytes are here.
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -22,6 +22,7 @@ from store.errors import (
     RegistryTimeout,
     StoreError,
 )
+from store.intake import Intake
 from store.lazy import LazyLayer
 from store.lender import Lender
 from store.readahead import ReadAhead
@@ -34,6 +35,18 @@ log = logging.getLogger(__name__)
 # one that is down is not asked all the time.
 _PAUSE_SECONDS = 0.1
 _PAUSE_MAX_SECONDS = 5.0
+
+# The kernel tries what it read ahead in vain again at once, page by page. The reader has waited
+# already.
+AGAIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Somebody reads from ``offset`` in the data file; ``pid`` is 0 if it is not known who."""
+
+    offset: int
+    pid: int = 0
 
 
 class Slots:
@@ -56,6 +69,26 @@ class Slots:
         return 0.0 if self.readers.borrowed_tokens else trio.current_time() - self.last_read
 
 
+class _GivenUp:
+    """What readers waited for in vain a moment ago, and why."""
+
+    def __init__(self) -> None:
+        self._errors: dict[int, tuple[float, StoreError]] = {}
+
+    def add(self, spans: Iterable[int], error: StoreError) -> None:
+        """Somebody has waited for these."""
+        now = trio.current_time()
+        self._errors = {n: e for n, e in self._errors.items() if e[0] > now}
+        self._errors.update(dict.fromkeys(spans, (now + AGAIN_SECONDS, error)))
+
+    def check(self, spans: Iterable[int]) -> None:
+        """Raises StoreError: one of these need not be waited for."""
+        for number in spans:
+            until, error = self._errors.get(number, (-math.inf, None))
+            if error is not None and trio.current_time() < until:
+                raise error
+
+
 @dataclass(slots=True)
 class _Pending:
     """A span that is on its way."""
@@ -74,7 +107,7 @@ class Fetcher:
         slots: shared by all layers.
         lender: gives the layer what other layers have.
         config: how long to wait.
-        failed: told about each failure that a reader sees.
+        failed: told about each failure that a reader sees, and about all wrong bytes.
         whole: called when the last missing span has come.
 
     Attributes:
@@ -90,7 +123,7 @@ class Fetcher:
         slots: Slots,
         lender: Lender,
         config: LazyConfig,
-        failed: Callable[[Digest, StoreError], None],
+        failed: Callable[[Digest, StoreError, Reading], None],
         whole: Callable[[], None],
     ) -> None:
         self.layer = layer
@@ -104,30 +137,20 @@ class Fetcher:
         self._failed = failed
         self._whole = whole
         self._pending: dict[int, _Pending] = {}
+        self._given_up = _GivenUp()
         self._ahead = ReadAhead(layer.table, layer.has)
         self._token = trio.lowlevel.current_trio_token()
 
     # --- for readers -------------------------------------------------------------------
 
     async def read(self, offset: int, length: int) -> bytes:
-        """Bytes of the data file, fetched if they are not here.
-
-        Raises:
-            StoreError: they can't be had within the time that readers wait.
-        """
+        """Bytes of the data file, fetched if they are not here. Raises as ``wait``."""
         layer = self.layer
         if not layer.complete:
-            await self.need(layer.table.spans_for(offset, length))
+            missing = self.want(layer.table.spans_for(offset, length))
+            if missing:
+                await self.wait(missing, Reading(offset))
         return layer.read(offset, length)
-
-    async def need(self, spans: range) -> None:
-        """Wait until spans are here. Raises as ``read``."""
-        missing = self.want(spans)
-        if missing:
-            try:
-                await self._patiently(missing)
-            finally:
-                self._slots.used()
 
     def want(self, spans: range) -> list[int]:
         """Somebody reads spans: ask for what is missing of them, which is given back, and for
@@ -145,44 +168,34 @@ class Fetcher:
             self._request(ahead, self._slots.readers)
         return missing
 
-    async def _patiently(self, missing: list[int]) -> None:
-        deadline = trio.current_time() + self._config.read_seconds
-        pause = _PAUSE_SECONDS
-        while True:
-            try:
-                with trio.fail_at(deadline):
-                    await self._arrival(missing)
-                return
-            except trio.TooSlowError:
-                error: StoreError = RegistryTimeout(
-                    f"bytes of the layer {self.layer.record.blob.digest} did not come within "
-                    f"{self._config.read_seconds:.0f} seconds; see whether the registry answers"
-                )
-                self._failed(self.layer.diff_id, error)
-                raise error from None
-            except RegistryError as failure:
-                error = failure
-            except StoreError as failure:
-                self._failed(self.layer.diff_id, failure)
-                raise
-            if not error.transient or trio.current_time() + pause > deadline:
-                self._failed(self.layer.diff_id, error)
-                raise error
-            await trio.sleep(max(pause, min(error.retry_after, _PAUSE_MAX_SECONDS)))
-            pause = min(2 * pause, _PAUSE_MAX_SECONDS)
+    async def wait(self, missing: Sequence[int], reading: Reading) -> None:
+        """Wait as a reader for spans that ``want`` gave back.
 
-    async def _arrival(self, missing: list[int]) -> None:
-        for number in missing:
-            while not self.layer.has(number):
-                pending = self._pending.get(number)
-                if pending is None:
-                    self._request(range(number, missing[-1] + 1), self._slots.readers)
-                    pending = self._pending[number]
-                await pending.arrived.wait()
-                if pending.error is not None:
-                    raise pending.error
+        Raises:
+            StoreError: they can't be had within the time that readers wait, or could not a moment
+                ago.
+        """
+        self._given_up.check(missing)
+        try:
+            await self._need(missing)
+        except StoreError as error:
+            self._given_up.add(missing, error)
+            self._failed(self.layer.diff_id, error, reading)
+            raise
 
     # --- for whoever fills -------------------------------------------------------------
+
+    async def fetch(self, spans: range) -> None:
+        """Wait until spans are here, as patiently as a reader.
+
+        Raises:
+            StoreError: they can't be had within the time that readers wait.
+        """
+        try:
+            await self._need(spans)
+        except DigestMismatch as error:
+            self._failed(self.layer.diff_id, error, Reading(self._place(spans[0])))
+            raise
 
     async def bring(self, spans: range, limiter: trio.CapacityLimiter) -> None:
         """Fetch what is missing of ``spans``, once, without patience.
@@ -190,33 +203,71 @@ class Fetcher:
         Raises:
             StoreError: it failed.
         """
-        waiting = self._request(spans, limiter)
-        for number in spans:
-            pending = self._pending.get(number)
-            if pending is not None and pending not in waiting:
-                waiting.append(pending)
-        for pending in waiting:
+        self._request(spans, limiter)
+        waiting = [(number, self._pending[number]) for number in spans if number in self._pending]
+        for number, pending in waiting:
             await pending.arrived.wait()
+            if isinstance(pending.error, DigestMismatch):
+                self._failed(self.layer.diff_id, pending.error, Reading(self._place(number)))
             if pending.error is not None:
                 raise pending.error
 
+    def _place(self, number: int) -> int:
+        """Where in the data file a span's contents begin."""
+        span = self.layer.table.span(number)
+        return self.layer.table.piece(span.first).target if span.count else 0
+
+    # --- waiting -----------------------------------------------------------------------
+
+    async def _need(self, spans: Sequence[int]) -> None:
+        self._slots.used()
+        try:
+            with trio.fail_after(self._config.read_seconds):
+                await self._patiently(spans)
+        except trio.TooSlowError:
+            raise RegistryTimeout(
+                f"bytes of the layer {self.layer.record.blob.digest} did not come within "
+                f"{self._config.read_seconds:.0f} seconds; see whether the registry answers"
+            ) from None
+        finally:
+            self._slots.used()
+
+    async def _patiently(self, spans: Sequence[int]) -> None:
+        pause = _PAUSE_SECONDS
+        while True:
+            try:
+                return await self._arrival(spans)
+            except RegistryError as error:
+                if not error.transient or pause > _seconds_left():
+                    raise
+                rest = max(pause, min(error.retry_after, _PAUSE_MAX_SECONDS))
+            await trio.sleep(rest)
+            pause = min(2 * pause, _PAUSE_MAX_SECONDS)
+
+    async def _arrival(self, spans: Sequence[int]) -> None:
+        for number in spans:
+            while not self.layer.has(number):
+                pending = self._pending.get(number)
+                if pending is None:
+                    self._request(range(number, spans[-1] + 1), self._slots.readers)
+                    pending = self._pending[number]
+                await pending.arrived.wait()
+                if pending.error is not None:
+                    raise pending.error
+
     # --- requests ----------------------------------------------------------------------
 
-    def _request(self, spans: range, limiter: trio.CapacityLimiter) -> list[_Pending]:
-        """Ask for what is neither here nor on its way, in as few requests as possible; what is
-        waited for then."""
-        started: list[_Pending] = []
+    def _request(self, spans: range, limiter: trio.CapacityLimiter) -> None:
+        """Ask for what is neither here nor on its way, in as few requests as possible."""
         run: dict[int, _Pending] = {}
         for number in spans:
             if not self.layer.has(number) and number not in self._pending:
                 run[number] = self._pending[number] = _Pending()
-                started.append(run[number])
             elif run:
                 self._nursery.start_soon(self._run, run, limiter)
                 run = {}
         if run:
             self._nursery.start_soon(self._run, run, limiter)
-        return started
 
     async def _run(self, wanted: dict[int, _Pending], limiter: trio.CapacityLimiter) -> None:
         """One request: for spans without a gap, and for what comes unasked for from a registry
@@ -273,7 +324,7 @@ class Fetcher:
                 streams.append(stream)
                 try:
                     if not gone.is_set():
-                        _Intake(self.layer, stream, wanted, self._landed, promise).run()
+                        Intake(self.layer, stream, wanted, self._landed, promise).run()
                 finally:
                     stream.close()
 
@@ -307,80 +358,5 @@ class Fetcher:
                 self._settle(number, None)
 
 
-class _Intake:
-    """The answer to one request, taken in span by span, in a thread.
-
-    A registry that can't begin in the middle sends the whole blob: then all of it is taken.
-    """
-
-    def __init__(
-        self,
-        layer: LazyLayer,
-        stream: BlobStream,
-        wanted: range,
-        landed: Callable[[list[int]], None],
-        promise: Callable[[range], None],
-    ) -> None:
-        table = layer.table
-        self._layer = layer
-        self._stream = stream
-        self._landed = landed
-        self._number = table.span_at(stream.offset)
-        asked = stream.offset == table.range_of(wanted[0])[0]
-        self._stop = wanted[-1] + 1 if asked else table.spans
-        if not asked:
-            promise(range(self._number, table.spans))
-        self._buffer = bytearray()
-        self._offset = stream.offset  # of what comes next in the blob
-        self._error: DigestMismatch | None = None
-
-    def run(self) -> None:
-        """Raises StoreError: the first wrong span, or a stream that ended early."""
-        while self._number < self._stop:
-            piece = self._stream.read()
-            if not piece:
-                raise self._error or ConnectionLost(
-                    f"the registry sent less than it was asked for of "
-                    f"{self._layer.record.blob.digest}; try again"
-                )
-            self._take(memoryview(piece))
-        if self._error:
-            raise self._error
-
-    def _take(self, piece: memoryview) -> None:
-        arrived: list[int] = []
-        while piece and self._number < self._stop:
-            end = self._layer.table.range_of(self._number)[1]
-            part = piece[: end - self._offset]
-            piece = piece[len(part) :]
-            whole = self._offset + len(part) == end
-            if self._add(part, whole):
-                arrived.append(self._number)
-            self._offset += len(part)
-            if whole:
-                self._number += 1
-        if arrived:
-            self._landed(arrived)
-
-    def _add(self, part: memoryview, whole: bool) -> bool:
-        """Take a part of the current span; whether it is complete now and right."""
-        layer, number = self._layer, self._number
-        if layer.has(number):
-            return False
-        if not layer.table.span(number).count:
-            layer.take_raw(self._offset, part)
-            if whole:
-                layer.arrived(number)
-            return whole
-        if not whole:
-            self._buffer += part
-            return False
-        try:
-            layer.take(number, memoryview(bytes(self._buffer) + part if self._buffer else part))
-        except DigestMismatch as error:
-            # The others of this answer may be right.
-            self._error = self._error or error
-            return False
-        finally:
-            self._buffer.clear()
-        return True
+def _seconds_left() -> float:
+    return trio.current_effective_deadline() - trio.current_time()

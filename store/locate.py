@@ -81,6 +81,19 @@ class Contents:
         return way[-1]
 
 
+def path_at(layer: Layer, offset: int) -> bytes:
+    """The file of a layer whose contents are at ``offset`` in its data file; empty if there is
+    none. Blocks while it reads.
+
+    Raises:
+        CorruptContent: the layer's index is damaged.
+    """
+    for entry in read_index(layer.index):
+        if entry.offset <= offset < entry.offset + entry.size:
+            return entry.path
+    return b""
+
+
 def _merged(directories: tuple[Directory, ...]) -> Directory:
     """Directories of several layers, highest first, as one that has nothing of its own."""
     return Directory(stat.S_IFDIR, lowers=directories)

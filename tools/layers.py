@@ -1,7 +1,11 @@
 """What the daemon does about news of the layer server."""
 
+import errno
 import logging
+import os
 import sys
+import time
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -14,6 +18,7 @@ from runtime.layerserver.client import LayerClient
 from runtime.layerserver.protocol import News
 from runtime.rootfs import Rootfs
 from store.cas import Digest
+from store.locate import path_at
 from store.store import Store
 from tools.options import Options
 
@@ -24,8 +29,8 @@ _LOST = (
     "ended, because they may have read zeros"
 )
 
-# Nobody in particular: a read of a file comes from the kernel.
-_KERNEL = Caller(0, 0, 0)
+# No process, or the kernel does not say which.
+_NOBODY = Caller(0, 0, 0)
 
 
 def client(options: Options, store: Store, level: str, *, background: bool) -> LayerClient:
@@ -50,6 +55,7 @@ class Follower:
     ) -> None:
         self._store = store
         self._client = client
+        self._recent: dict[tuple[str, int], float] = {}
         self._rootfs = rootfs
         self._containers = containers
         self._automounts = automounts
@@ -59,19 +65,41 @@ class Follower:
     def heard(self, news: News) -> None:
         """One piece of news."""
         diff_id = Digest(news.diff_id)
-        events = self._store.events
         match news.kind:
             case "complete":
-                events.emit("layer.complete", diff_id=diff_id)
+                self._store.events.emit("layer.complete", diff_id=diff_id)
                 self._nursery.start_soon(self._automounts.refresh_below, "")
-                return
             case "refused":
                 self._store.layers.refused(diff_id)
+                self._failed(news, self._path(diff_id), _NOBODY)
             case "lost":
-                news = News("lost", diff_id, _LOST)
                 self._nursery.start_soon(self._give_up, diff_id)
-        events.emit(f"layer.{news.kind}", diff_id=diff_id, error=news.sentence)
-        self._failures.add(self._path(diff_id), "read", _KERNEL, news.errno, news.sentence)
+                self._failed(News("lost", diff_id, _LOST), self._path(diff_id), _NOBODY)
+            case "failed" | "attack":
+                self._nursery.start_soon(self._read_failed, news)
+
+    async def _read_failed(self, news: News) -> None:
+        diff_id = Digest(news.diff_id)
+        caller = _caller(news.pid)
+        layer = self._store.layers.get(diff_id)
+        path = self._path(diff_id)
+        if layer is not None:
+            name = await trio.to_thread.run_sync(path_at, layer, news.offset)
+            path = f"{path}/{os.fsdecode(name)}"
+        self._failed(news, path, caller)
+
+    def _failed(self, news: News, path: str, caller: Caller) -> None:
+        if self._is_repeated(path, caller):
+            return
+        self._store.events.emit(f"layer.{news.kind}", diff_id=news.diff_id, error=news.sentence)
+        # Whatever the reason, to the program that reads it is a disk that fails.
+        self._failures.add(path, "read", caller, errno.EIO, news.sentence)
+
+    def _is_repeated(self, path: str, caller: Caller) -> bool:
+        """Whether this is another part of a read that the kernel has split."""
+        now = time.monotonic()
+        self._recent = {key: since for key, since in self._recent.items() if since + 1.0 > now}
+        return self._recent.setdefault((path, caller.pid), now) != now
 
     def _path(self, diff_id: Digest) -> str:
         for image in self._store.images:
@@ -98,3 +126,11 @@ class Follower:
             return
         await self._automounts.detach_below("")
         await self._containers.detach_idle()
+
+
+def _caller(pid: int) -> Caller:
+    """A process, which may be gone."""
+    with suppress(OSError):
+        status = os.stat(f"/proc/{pid}")
+        return Caller(pid, status.st_uid, status.st_gid)
+    return Caller(pid, 0, 0) if pid else _NOBODY

@@ -19,7 +19,7 @@ from runtime import keeper, linux
 from runtime.fanotify import Event, FileId, PreContentGroup, open_unwatched
 from runtime.layerserver.protocol import Device
 from store.errors import StoreError
-from store.fetcher import Fetcher
+from store.fetcher import Fetcher, Reading
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class FanotifyServing:
         try:
             async with trio.open_nursery() as nursery:
                 for event in self._group.pending():
-                    nursery.start_soon(self._handle, event)
+                    self._begin(event, nursery)
                 task_status.started()
                 while True:
                     await trio.lowlevel.wait_readable(self._group.fd)
@@ -128,11 +128,7 @@ class FanotifyServing:
     async def _take(self, nursery: trio.Nursery) -> None:
         taken = 0
         while (event := self._group.next_event()) is not None:
-            fetcher = self._fetchers.get(event.file) if event.file else None
-            if fetcher is not None and _is_here(fetcher, event):
-                self._group.answer(event)
-            else:
-                nursery.start_soon(self._handle, event)
+            self._begin(event, nursery)
             taken += 1
             if taken % _TURN == 0:
                 await trio.lowlevel.checkpoint()
@@ -140,18 +136,29 @@ class FanotifyServing:
             self._room = trio.Event()
             await self._room.wait()
 
-    async def _handle(self, event: Event) -> None:
-        """Bring what a reader waits for; one whose file a predecessor could not record may wait
-        for any."""
-        wanted = list(self._fetchers.values())
-        if event.file is not None:
-            found = self._fetchers.get(event.file)
-            wanted = [found] if found else []
+    def _begin(self, event: Event, nursery: trio.Nursery) -> None:
+        """Answer at once, or when what the reader waits for is here."""
+        fetchers = self._read_by(event)
+        waits = [(fetcher, _want(fetcher, event)) for fetcher in fetchers]
+        if not fetchers:
+            log.error("pid %d reads a layer that is not known", event.pid)
+            self._group.refuse(event)
+        elif any(missing for _, missing in waits):
+            nursery.start_soon(self._wait, event, waits)
+        else:
+            self._group.answer(event)
+
+    def _read_by(self, event: Event) -> list[Fetcher]:
+        if event.file is None:  # a predecessor could not record which
+            return list(self._fetchers.values())
+        fetcher = self._fetchers.get(event.file)
+        return [fetcher] if fetcher else []
+
+    async def _wait(self, event: Event, waits: list[tuple[Fetcher, list[int]]]) -> None:
+        reading = Reading(event.offset, event.pid)
         try:
-            if not wanted:
-                raise StoreError("somebody reads a layer that is not known")
-            for fetcher in wanted:
-                await fetcher.need(_spans(fetcher, event))
+            for fetcher, missing in waits:
+                await fetcher.wait(missing, reading)
         except (StoreError, OSError) as error:
             log.info("a read of a layer fails: %s", error)
             self._group.refuse(event)
@@ -165,16 +172,11 @@ class FanotifyServing:
         self._group.close()
 
 
-def _range(fetcher: Fetcher, event: Event) -> tuple[int, int]:
+def _want(fetcher: Fetcher, event: Event) -> list[int]:
+    """Ask for what is missing of what somebody reads, and reads next; the spans to wait for."""
+    layer = fetcher.layer
     # A read may ask for more than there is; one of nothing is about its first byte.
-    length = min(max(event.count, 1), fetcher.layer.size - event.offset)
-    return event.offset, max(length, 0)
-
-
-def _is_here(fetcher: Fetcher, event: Event) -> bool:
-    """Whether a reader need not wait; what it will read next is asked for."""
-    return fetcher.layer.whole or not fetcher.want(_spans(fetcher, event))
-
-
-def _spans(fetcher: Fetcher, event: Event) -> range:
-    return fetcher.layer.table.spans_for(*_range(fetcher, event))
+    length = min(max(event.count, 1), layer.size - event.offset)
+    if layer.whole or length <= 0:
+        return []
+    return fetcher.want(layer.table.spans_for(event.offset, length))

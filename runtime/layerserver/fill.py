@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import trio
 
-from store.errors import StoreError
+from store.errors import DigestMismatch, StoreError
 from store.fetcher import Fetcher, Slots
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,8 @@ _REQUEST_SECONDS = 0.25
 _LEAST, _MOST = 256 << 10, 8 << 20
 # After a failure: the registry is away, and nobody waits.
 _RETRY_SECONDS = 5.0
+# After wrong bytes: who sends them may do so for long, and each is reported.
+_RETRY_WRONG_SECONDS = 60.0
 
 
 class Filler:
@@ -86,7 +88,9 @@ class Filler:
             count = await self._bring(fetcher)
         except StoreError as error:
             log.info("filling %s: %s", fetcher.layer.diff_id, error.sentence)
-            self._resting[fetcher] = trio.current_time() + _RETRY_SECONDS
+            wrong = isinstance(error, DigestMismatch)
+            pause = _RETRY_WRONG_SECONDS if wrong else _RETRY_SECONDS
+            self._resting[fetcher] = trio.current_time() + pause
             return
         seconds = time.monotonic() - begin
         wanted = count / max(seconds, 0.001) * _REQUEST_SECONDS

@@ -106,12 +106,17 @@ Kind = Literal["complete", "refused", "failed", "attack", "lost"]
 class News(msgspec.Struct, frozen=True):
     """Something happened to a layer: it is ``complete``, its blob was ``refused`` as a whole, a
     read ``failed``, bytes were wrong (``attack``), or for a while nobody guarded it while it
-    was mounted, so that who read it may have read zeros (``lost``)."""
+    was mounted, so that who read it may have read zeros (``lost``).
+
+    What failed was a read at ``offset`` of the data file, by process ``pid``, or 0 if that is not
+    known.
+    """
 
     kind: Kind
     diff_id: str
     sentence: str = ""
-    errno: int = 0
+    offset: int = 0
+    pid: int = 0
 
 
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

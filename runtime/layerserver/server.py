@@ -52,7 +52,7 @@ from store.errors import (
     StorageFailed,
     StoreError,
 )
-from store.fetcher import Fetcher, Slots
+from store.fetcher import Fetcher, Reading, Slots
 from store.lazy import LazyLayer
 from store.lender import Lender
 from store.open_source import open_source
@@ -276,10 +276,10 @@ class LayerServer:
             log.error("the layer %s: %s", layer.diff_id, fetcher.refused)
             self._tell(News("refused", layer.diff_id, fetcher.refused))
 
-    def _failed(self, diff_id: Digest, error: StoreError) -> None:
+    def _failed(self, diff_id: Digest, error: StoreError, reading: Reading) -> None:
         kind: protocol.Kind = "attack" if isinstance(error, DigestMismatch) else "failed"
         log.log(logging.ERROR if kind == "attack" else logging.WARNING, "%s", error.sentence)
-        self._tell(News(kind, diff_id, error.sentence, error.errno))
+        self._tell(News(kind, diff_id, error.sentence, reading.offset, reading.pid))
 
     def _tell(self, news: News) -> None:
         for listener in list(self._listeners):
@@ -376,7 +376,7 @@ class LayerServer:
         layer = fetcher.layer
         if ranges is not None:
             for spans in _spans(fetcher, ranges):
-                await fetcher.need(spans)
+                await fetcher.fetch(spans)
             return
         while not layer.complete:
             if fetcher.refused:
@@ -386,7 +386,7 @@ class LayerServer:
                 continue
             first = layer.next_absent(0)
             stop = min(layer.next_present(first), first + _BATCH)
-            await fetcher.need(range(first, stop))
+            await fetcher.fetch(range(first, stop))
 
     def _report(self) -> Report:
         layers: dict[str, tuple[int, int]] = {

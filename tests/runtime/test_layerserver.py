@@ -137,7 +137,7 @@ def test_answers_are_what_they_were(message: protocol.Answer) -> None:
 
 
 def test_news_are_what_they_were() -> None:
-    news = News("attack", DIFF_ID, "wrong bytes", errno.EIO)
+    news = News("attack", DIFF_ID, "wrong bytes", 4096, 71)
     assert protocol.decode_news(protocol.encode(news)) == news
 
 
@@ -184,7 +184,6 @@ async def test_what_it_refuses(tmp_path: Path, front: Proxy, name: str) -> None:
         front.on("/blobs/", faults.status(503))
         with pytest.raises(LayerServerFailed, match="503"):
             await site.client.fetch(DIFF_ID, ((0, 1),))
-        assert (await site.told("failed")).diff_id == DIFF_ID
 
 
 async def talk(site: Site, data: bytes) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from store.cas import Digest
 from store.errors import ImageNotFound
 from store.layers import Layer, Layers
-from store.locate import Contents, Ranges
+from store.locate import Contents, Ranges, path_at
 from tests.store.test_layers import STACKS, unpack
 from tests.support.mounting import mounted_stack
 from tests.support.tars import archive, directory, entry
@@ -212,3 +212,16 @@ def test_nothing_to_fetch(layers: Layers) -> None:
     image = Image(layers, [archive(entry(b"empty"), directory(b"d"), entry(b"p", b"6"))])
     for path in ("/", "/empty", "/d", "/p"):
         assert image.contents.ranges(path) == {}
+
+
+def test_which_file_is_at_an_offset(layers: Layers) -> None:
+    data = archive(
+        directory(b"d"),
+        entry(b"d/a", data=b"x" * 5000),
+        entry(b"empty"),
+        entry(b"b", data=b"y" * 10),
+    )
+    layer = unpack(layers, data)
+    assert [path_at(layer, at) for at in (0, 4999, 8192, 8201)] == [b"d/a", b"d/a", b"b", b"b"]
+    # Padding, and what lies behind all contents.
+    assert [path_at(layer, at) for at in (5000, 8202, 1 << 40)] == [b"", b"", b""]
