@@ -158,7 +158,7 @@ class Namespace(Directory):
             refuse(f"{node.full_name} is being pulled", errno.EBUSY)
         if not await self.context.automounts.unmount_below(node.path):
             refuse(f"files of {node.full_name} are in use", errno.EBUSY)
-        await trio.to_thread.run_sync(self.context.store.images.remove, node.full_name)
+        await trio.to_thread.run_sync(self.context.store.forget_image, node.full_name)
 
 
 class DigestLink(FixedLink):

@@ -467,12 +467,20 @@ class Container:
 
     async def _pause(self) -> None:
         async with self._lock:
-            self._check_running()
+            run = self._check_running()
             if self.state == "paused":
                 raise ContainerBusy(f"{self.id} is paused already")
-            await self._services.runtime.pause(self.uid)
+            await self._freeze(run)
             if self.state == "running":
                 await self._set_state("paused")
+
+    async def _freeze(self, run: Run) -> None:
+        try:
+            await self._services.runtime.pause(self.uid)
+        except CtrfsError:
+            if run.init.is_running():
+                raise
+            raise ContainerBusy(f"{self.id} has just ended") from None
 
     async def resume(self) -> None:
         """Let paused processes go on.

@@ -4,8 +4,8 @@ import errno
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,6 @@ from store.tree import Directory
 
 # EROFS learned to take file contents from another file or device in 5.16.
 _OLDEST_KERNEL = (5, 16)
-# /tmp is a tmpfs on many machines, from whose files EROFS cannot be mounted.
-_ON_DISK = "/var/tmp"
 _PRE_CONTENT = "fanotify pre-content events"
 _CAP_SYS_ADMIN = 21
 _CAP_SYS_RESOURCE = 24
@@ -47,22 +45,36 @@ class Check:
     advice: str
 
 
-def checks(config: RuntimeConfig | None = None) -> list[Check]:
+def checks(config: RuntimeConfig, root: Path) -> list[Check]:
     """Look for everything. Blocks for some milliseconds; mounts and unmounts on the way.
 
     Args:
         config: names the programs to look for.
+        root: where images and containers are kept, or will be. Filesystems differ: EROFS
+            cannot be mounted from files on a tmpfs.
     """
-    config = config or RuntimeConfig()
-    from_files = _erofs("EROFS from files", mount_file, required=False)
+    with _directory_at(root) as directory:
+        return _checks(config, directory)
+
+
+@contextmanager
+def _directory_at(root: Path) -> Iterator[Path]:
+    """A new directory on the filesystem of a directory that may not be there yet."""
+    existing = next(path for path in (root, *root.absolute().parents) if path.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=existing) as directory:
+        yield Path(directory)
+
+
+def _checks(config: RuntimeConfig, place: Path) -> list[Check]:
+    from_files = _erofs(place, "EROFS from files", mount_file, required=False)
     return [
         _kernel(),
         _capability(_CAP_SYS_ADMIN, "CAP_SYS_ADMIN", required=True),
         _fuse(),
         from_files,
-        _erofs("EROFS from loop devices", mount_loop, required=not from_files.ok),
-        _overlay(),
-        _pre_content(),
+        _erofs(place, "EROFS from loop devices", mount_loop, required=not from_files.ok),
+        _overlay(place),
+        _pre_content(place),
         _cgroups(),
         _seccomp(),
         _program(config.conmon, required=True),
@@ -72,9 +84,9 @@ def checks(config: RuntimeConfig | None = None) -> list[Check]:
     ]
 
 
-def report(config: RuntimeConfig | None = None) -> dict[str, object]:
+def report(config: RuntimeConfig, root: Path) -> dict[str, object]:
     """The same for programs, as in info.json."""
-    found = checks(config)
+    found = checks(config, root)
     methods = {c.name: c.ok for c in found}
     return {
         "kernel": os.uname().release,
@@ -125,7 +137,9 @@ def _fuse() -> Check:
     )
 
 
-def _erofs(name: str, mount: Callable[[LayerImage, str], None], *, required: bool) -> Check:
+def _erofs(
+    place: Path, name: str, mount: Callable[[LayerImage, str], None], *, required: bool
+) -> Check:
     def attempt(directory: Path) -> None:
         meta, target = directory / "meta.erofs", directory / "target"
         target.mkdir()
@@ -134,7 +148,7 @@ def _erofs(name: str, mount: Callable[[LayerImage, str], None], *, required: boo
         mount(LayerImage("probe", meta, None), str(target))
         linux.umount(str(target))
 
-    ok, found = _attempt(attempt)
+    ok, found = _attempt(attempt, place)
     if found == os.strerror(errno.ENODEV):
         advice = "load EROFS: `modprobe erofs`"
     else:
@@ -144,7 +158,7 @@ def _erofs(name: str, mount: Callable[[LayerImage, str], None], *, required: boo
     return Check(name, ok, required, found, advice)
 
 
-def _overlay() -> Check:
+def _overlay(place: Path) -> Check:
     def attempt(directory: Path) -> None:
         for name in ("lower", "upper", "work", "target"):
             (directory / name).mkdir()
@@ -152,13 +166,13 @@ def _overlay() -> Check:
         linux.mount("overlay", str(directory / "target"), "overlay", 0, options)
         linux.umount(str(directory / "target"))
 
-    ok, found = _attempt(attempt)
+    ok, found = _attempt(attempt, place)
     advice = "load it: `modprobe overlay`; its upper directory cannot lie on overlayfs or NFS"
     return Check("overlayfs", ok, True, found, advice)
 
 
-def _pre_content() -> Check:
-    why = fanotify.available(Path(_ON_DISK))
+def _pre_content(place: Path) -> Check:
+    why = fanotify.available(place)
     return Check(
         _PRE_CONTENT,
         why is None,
@@ -170,9 +184,9 @@ def _pre_content() -> Check:
     )
 
 
-def _attempt(function: Callable[[Path], None]) -> tuple[bool, str]:
+def _attempt(function: Callable[[Path], None], place: Path) -> tuple[bool, str]:
     """Whether something works in a directory of its own, and in words."""
-    with tempfile.TemporaryDirectory(prefix="ctrfs-probe-", dir=_ON_DISK) as directory:
+    with tempfile.TemporaryDirectory(dir=place) as directory:
         try:
             function(Path(directory))
         except OSError as error:

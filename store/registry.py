@@ -102,7 +102,7 @@ class Registry:
                 f"{endpoint.host} has no image {self._reference}; check the name and the tag"
             )
         if response.status_code != 200:
-            raise explain(response, f"no manifest of {self._reference}")
+            raise explain(response, f"the manifest of {self._reference} cannot be had")
         return response
 
     def default_name(self, descriptor: Descriptor) -> Reference:
@@ -171,7 +171,7 @@ class Registry:
             drain(response)
             return self._manifest_answer(endpoint, referrers_tag(subject))
         if response.status_code != 200:
-            raise explain(response, f"no list of what refers to {subject}")
+            raise explain(response, f"the list of what refers to {subject} cannot be had")
         return response
 
     def _document(self, response: requests.Response, limit: int, what: str) -> bytes:
@@ -239,7 +239,9 @@ class Registry:
                 f"{self._reference} names it; push the image again"
             )
         if response.status_code not in (200, 206):
-            raise explain(response, f"no blob {descriptor.digest} of {self._reference}")
+            raise explain(
+                response, f"the blob {descriptor.digest} of {self._reference} cannot be had"
+            )
         return response
 
     def _anywhere(self, work: Callable[["Endpoint"], _T]) -> _T:

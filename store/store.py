@@ -56,6 +56,11 @@ class Store:
                 os.close(self._lock)
                 raise
 
+    def forget_image(self, name: str) -> None:
+        """``Images.remove``, which works on a full disk, too."""
+        with self.ballast.dropped():
+            self.images.remove(name)
+
     def rootfs_layers(self, image: Image) -> tuple[LayerImage, ...]:
         """What to mount for an image, bottom first. May read and write files.
 

@@ -41,13 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     mount = commands.add_parser("mount", help="show the tree at a directory")
     mount.set_defaults(command=_mount)
     mount.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT")
-    mount.add_argument(
-        "--root",
-        type=Path,
-        default=DEFAULT_ROOT,
-        metavar="DIR",
-        help="where images and containers are kept (%(default)s)",
-    )
+    _add_root(mount)
     _add_config(mount)
     mount.add_argument("--foreground", action="store_true", help="stay, and log to standard error")
     mount.add_argument(
@@ -109,10 +103,21 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what this machine has and lacks")
     doctor.set_defaults(command=_doctor)
+    _add_root(doctor)
     _add_config(doctor)
 
     commands.add_parser("version", help="print the version").set_defaults(command=_version)
     return parser
+
+
+def _add_root(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--root",
+        type=Path,
+        default=DEFAULT_ROOT,
+        metavar="DIR",
+        help="where images and containers are kept (%(default)s)",
+    )
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -191,7 +196,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     _require_root()
     unfit = False
-    for check in features.checks(load(arguments.config).runtime):
+    for check in features.checks(load(arguments.config).runtime, arguments.root):
         mark = "ok" if check.ok else "MISSING" if check.required else "without"
         print(f"{mark:8}{check.name}: {check.found}")
         if not check.ok:

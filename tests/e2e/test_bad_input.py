@@ -446,6 +446,9 @@ def test_disk_full_while_pulling(
             assert "free some space" in said
             assert full.run_container("c", busybox, "sh", "-c", "echo works") == (0, "works")
             assert not (full.path / "images" / reference).exists()
+            (full.path / "containers/c").rmdir()
+            fill(full.root)
+            (full.path / "images" / busybox).rmdir()
         finally:
             full.destroy()
 
@@ -469,6 +472,13 @@ def test_a_container_that_fills_the_disk_can_be_removed(busybox: str, tmp_path: 
             assert full.run_container("next", busybox, "sh", "-c", "echo room") == (0, "room")
         finally:
             full.destroy()
+
+
+def fill(directory: Path) -> None:
+    """Leave no room on a disk."""
+    with open(directory / "rest", "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -344,6 +344,16 @@ async def test_pause_and_resume(room: Room) -> None:
         await container.resume()
 
 
+async def test_pause_of_one_that_has_just_ended(room: Room) -> None:
+    container = await room.make("gone", "sleep", "100")
+    await container.start()
+    assert container.pid is not None
+    os.kill(container.pid, signal.SIGKILL)
+    with pytest.raises(ContainerBusy, match="has just ended"):
+        await container.pause()
+    assert await container.wait() == 137
+
+
 async def test_a_paused_container_can_be_killed_and_stopped(room: Room) -> None:
     container = await room.make(
         "cold", "sh", "-c", "trap 'exit 6' TERM; while :; do sleep 0.01; done"

@@ -16,6 +16,7 @@ from runtime.config import RuntimeConfig
 from runtime.errors import Unsupported
 from runtime.processes import Process, identify
 from tests.runtime.support import Room, opened, text_of
+from tests.support.mounting import mounted
 
 
 def test_processes_are_known_by_more_than_their_number() -> None:
@@ -70,24 +71,31 @@ def test_the_process_table() -> None:
     assert process_table([]) == ""
 
 
-def test_what_this_machine_has() -> None:
-    found = {check.name: check for check in features.checks()}
+def test_what_this_machine_has(tmp_path: Path) -> None:
+    root = tmp_path / "not" / "yet"
+    found = {check.name: check for check in features.checks(RuntimeConfig(), root)}
     assert all(check.ok for check in found.values() if check.required)
     assert found["conmon"].found.startswith("conmon version 2.")
     assert found["EROFS from loop devices"].ok
     assert found["EROFS from files"].ok == (linux.kernel_version() >= (6, 12))
     assert all(check.advice for check in found.values())
-    report = features.report()
+    report = features.report(RuntimeConfig(), root)
     assert report["kernel"] == os.uname().release
 
 
-def test_what_is_missing_is_found_missing() -> None:
+def test_no_layer_can_be_mounted_from_a_file_on_a_tmpfs(tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path, "tmpfs", "size=1m"):
+        assert features.report(RuntimeConfig(), tmp_path)["layer_mounts"] == "loop"
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_is_missing_is_found_missing(tmp_path: Path) -> None:
     config = RuntimeConfig(runtime="nosuch", conmon="nosuch-either")
-    found = {check.name: check for check in features.checks(config)}
+    found = {check.name: check for check in features.checks(config, tmp_path)}
     assert not found["nosuch"].ok and found["nosuch"].required
     assert not found["nosuch-either"].ok
     if layout() == "hybrid":
-        crun = {c.name: c for c in features.checks(RuntimeConfig(runtime="crun"))}
+        crun = {c.name: c for c in features.checks(RuntimeConfig(runtime="crun"), tmp_path)}
         assert not crun["runtime and cgroups"].ok
 
 
