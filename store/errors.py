@@ -68,6 +68,9 @@ _REMEDIES = {
     errno.EPERM: "run ctrfs as root",
 }
 
+# What is wrong here, wherever the bytes come from.
+DISK_ERRORS = frozenset(_REMEDIES)
+
 
 # --- names and input ---------------------------------------------------------------
 

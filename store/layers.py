@@ -19,6 +19,7 @@ and the last fsync of a 240 MB layer takes 5 ms of 650.
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -67,6 +68,8 @@ class LayerRecord(msgspec.Struct, frozen=True):
     lazy: str = ""
     # Why it was pulled in full though a lazy one was asked for; empty if it was not.
     not_lazy: str = ""
+    # Random: tells the layer from another that was in its place, whose mounts may still be there.
+    instance: str = ""
 
 
 class Layer(msgspec.Struct, frozen=True):
@@ -90,6 +93,11 @@ class Layer(msgspec.Struct, frozen=True):
     def complete(self) -> bool:
         """Whether all its contents are here; looks at a file."""
         return lazy.is_complete(self.directory)
+
+    @property
+    def identity(self) -> str:
+        """Equal for the same files only."""
+        return f"{self.diff_id} {self.record.instance}"
 
 
 class LayerImage(msgspec.Struct, frozen=True):
@@ -175,10 +183,7 @@ class Layers:
             self._damaged -= {diff_id}
             if layer is None:
                 return
-            for chain in self._chains.iterdir():
-                if diff_id in (chain / "diff_ids").read_text().split():
-                    self._delete(chain)
-            self._delete(layer.directory)
+            self._delete_with_chains(layer.directory)
 
     def remove_chains(self, diff_ids: Sequence[Digest], needed: Sequence[Sequence[Digest]]) -> None:
         """Delete what was made for this stack of layers, but for what ``needed`` stacks share."""
@@ -338,15 +343,16 @@ class Layers:
         if position and (layer.record.depends or (on_top and layer.record.root_depends)):
             return self._chain_image(stack, position)
         return LayerImage(
-            _hex(layer.diff_id)[:_KEY_LENGTH],
+            _hash(layer.identity)[:_KEY_LENGTH],
             layer.directory / "meta.erofs",
             layer.data,
             _incomplete(layer, layer.data),
         )
 
     def _chain_image(self, stack: "_Stack", position: int) -> LayerImage:
-        diff_ids = "\n".join(layer.diff_id for layer in stack.layers[: position + 1])
-        key = hashlib.sha256(f"{_FORMAT}\n{diff_ids}".encode()).hexdigest()
+        layers = stack.layers[: position + 1]
+        diff_ids = "\n".join(layer.diff_id for layer in layers)
+        key = _hash("\n".join([str(_FORMAT), *(layer.identity for layer in layers)]))
         directory = self._chains / key
         layer = stack.layers[position]
         own = layer.data
@@ -420,7 +426,7 @@ class Layers:
             if target.exists():
                 if not self._is_damaged(target):
                     return
-                self._delete(target)
+                self._delete_with_chains(target)
             workspace.rename(target)
             sync_directory(target.parent)
             if target.parent == self._directory:
@@ -429,6 +435,13 @@ class Layers:
 
     def _is_damaged(self, target: Path) -> bool:
         return target.parent == self._directory and f"sha256:{target.name}" in self._damaged
+
+    def _delete_with_chains(self, directory: Path) -> None:
+        """Remove a layer's directory, and the chains it is part of."""
+        for chain in self._chains.iterdir():
+            if f"sha256:{directory.name}" in (chain / "diff_ids").read_text().split():
+                self._delete(chain)
+        self._delete(directory)
 
     def _delete(self, directory: Path) -> None:
         """Remove a directory at one stroke, then its files."""
@@ -552,6 +565,7 @@ def _describe(
         root_depends=tree.root_depends,
         needs_lower=needs_lower,
         index_size=(workspace / "index").stat().st_size,
+        instance=secrets.token_hex(8),
     )
 
 
@@ -604,6 +618,10 @@ def _sound(directory: Path, own: Path | None) -> bool:
 
 def _begins(stack: Sequence[str], beginning: Sequence[str]) -> bool:
     return list(stack[: len(beginning)]) == list(beginning)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hex(diff_id: str) -> str:

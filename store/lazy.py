@@ -68,6 +68,12 @@ class LazyRecord(msgspec.Struct, frozen=True):
     sources: tuple[str, ...]
     vouched: bool = True
 
+    def is_for(self, blob: Descriptor, source: str) -> bool:
+        """Whether an image from ``source`` with this blob says the same of the layer. What the
+        manifest vouches for is in the blob, or is named by its annotations."""
+        same = (self.blob.digest, self.blob.annotations) == (blob.digest, blob.annotations)
+        return same and (self.vouched or source in self.sources)
+
 
 def is_complete(directory: Path) -> bool:
     """Whether all of the layer in this directory is here."""

@@ -13,7 +13,14 @@ import trio
 
 from store.cas import Digest, digest_of
 from store.config import Mode
-from store.errors import ContentNeeded, CorruptContent, InvalidReference, NotLazy, StoreError
+from store.errors import (
+    DISK_ERRORS,
+    ContentNeeded,
+    CorruptContent,
+    InvalidReference,
+    NotLazy,
+    StoreError,
+)
 from store.images import Image
 from store.layers import Layer
 from store.lazy import read_record
@@ -270,7 +277,7 @@ class Pulls:
                 not_lazy = await self._layer_lazily(part, layer, diff_id, state)
                 if not not_lazy:
                     return
-            await self._layer_in_full(part.source, layer, diff_id, state, not_lazy)
+            await self._layer_in_full(part, layer, diff_id, state, not_lazy)
 
     async def _layer_lazily(
         self,
@@ -294,12 +301,14 @@ class Pulls:
         elif known.complete:
             # Another blob of the same content; this image's own is not needed for anything.
             return "its content is here already"
+        elif not read_record(known.directory).is_for(layer, part.origin):
+            return "an image that is here claims the same content and says otherwise what it is"
         state.finished()
         return ""
 
     async def _layer_in_full(
         self,
-        source: Source,
+        part: "_Part",
         layer: Descriptor,
         diff_id: Digest,
         state: LayerProgress,
@@ -308,22 +317,32 @@ class Pulls:
         store = self._store
         known = store.layers.get(diff_id)
         if known is not None and not known.complete:
-            await self._complete_or_give_up(known)
+            await self._complete_or_give_up(known, layer, part.origin)
         transfer = Transfer(
-            store.cas, store.layers, store.config.patience, source, layer, diff_id, state, not_lazy
+            store.cas,
+            store.layers,
+            store.config.patience,
+            part.source,
+            layer,
+            diff_id,
+            state,
+            not_lazy,
         )
         await transfer.run()
 
-    async def _complete_or_give_up(self, layer: Layer) -> None:
-        """Bring the rest of an incomplete layer. When an index that nobody vouches for stands in
-        the way, the layer has to be made anew."""
+    async def _complete_or_give_up(self, known: Layer, blob: Descriptor, origin: str) -> None:
+        """Bring the rest of an incomplete layer, which verifies its diff_id. The layer is made
+        anew when what stands in the way is not this image's: an index that nobody vouches for, or
+        what another image says that claims the same diff_id."""
+        record = read_record(known.directory)
         try:
-            await self._complete(layer.diff_id)
+            await self._complete(known.diff_id)
         except StoreError as error:
-            if error.errno != errno.EIO or read_record(layer.directory).vouched:
+            foreign = not record.is_for(blob, origin) and error.errno not in DISK_ERRORS
+            if not foreign and (error.errno != errno.EIO or record.vouched):
                 raise
-            log.warning("the layer %s is fetched once more: %s", layer.diff_id, error.sentence)
-            self._store.layers.refused(layer.diff_id)
+            log.warning("the layer %s is fetched once more: %s", known.diff_id, error.sentence)
+            self._store.layers.refused(known.diff_id)
 
     @asynccontextmanager
     async def _alone(self, key: str) -> AsyncIterator[None]:

@@ -225,7 +225,7 @@ def _start_many(ctrfs: Ctrfs, images: list[str]) -> None:
         ctrfs.image = images[number % len(images)]
         names.append(ctrfs.start(*STAYING))
     for name in names:
-        ctrfs.wait_line(name)
+        ctrfs.first_line(name)
 
 
 def convert(comparison: Comparison, case: Case) -> None:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,28 +215,31 @@ class Ctrfs:
         begun = time.perf_counter()
         self.pull()
         name = self.start(*args)
-        first_line = time.perf_counter() - begun if self.wait_line(name) else None
         container = self.mount / "containers" / name
-        code = (container / "wait").read_text()
-        end = time.perf_counter() - begun
+
+        def end() -> tuple[str, float]:
+            return (container / "wait").read_text(), time.perf_counter()
+
+        with ThreadPoolExecutor(1) as pool:
+            ending = pool.submit(end)
+            line = self.first_line(name, ending.done)
+            code, ended = ending.result()
         if code != "0\n":
             raise RuntimeError(f"exit code {code}{(container / 'log').read_text()}")
-        return Run(first_line, end)
+        return Run(line - begun if line else None, ended - begun)
 
-    def wait_line(self, name: str) -> bool:
-        """Read a container's `log` until there is a line, as `tail -f` does; False: it ended."""
-        container = self.mount / "containers" / name
-        descriptor = os.open(container / "log", os.O_RDONLY)
+    def first_line(self, name: str, ended: Callable[[], bool] = lambda: False) -> float | None:
+        """When there is a line in a container's `log`, as `tail -f` sees it; None: it ended."""
+        descriptor = os.open(self.mount / "containers" / name / "log", os.O_RDONLY)
         try:
-            running = True
-            while running:
-                running = (container / "state").read_text() == "running\n"
+            while True:
+                last = ended()
+                if b"\n" in os.pread(descriptor, 4096, 0):
+                    return time.perf_counter()
+                if last:
+                    return None
                 # A look at the log costs the daemon a fraction of a millisecond.
-                for _ in range(20):
-                    if b"\n" in os.pread(descriptor, 4096, 0):
-                        return True
-                    time.sleep(0.004)
-            return False
+                time.sleep(0.004)
         finally:
             os.close(descriptor)
 

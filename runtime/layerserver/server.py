@@ -146,7 +146,9 @@ class LayerServer:
         for diff_id, fetcher in list(self._fetchers.items()):
             if not fetcher.layer.is_in(fetcher.layer.directory):
                 log.info("the layer %s was removed", diff_id)
-                self._serving.completed(fetcher)
+                if fetcher.layer.whole:
+                    self._serving.completed(fetcher)
+                # Whoever has it mounted still reads on, or fails: holes are never zeros.
                 del self._fetchers[diff_id]
 
     async def _end(self) -> None:

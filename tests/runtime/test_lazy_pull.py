@@ -1,6 +1,7 @@
 """Lazy pulls from a real registry through a real layer server: by tables of contents, by indexes
 made here, and by those that others have pushed."""
 
+import errno
 import io
 import os
 import random
@@ -13,8 +14,11 @@ import pytest
 import trio
 
 from runtime.layerserver.client import LayerServerFailed
+from runtime.layerserver.protocol import Device
+from runtime.rootfs import Rootfs
 from store import indexing
 from store.cas import Digest
+from store.images import Image
 from store.index import Entry
 from store.index_artifact import push_indexes
 from store.index_document import encode_index
@@ -23,7 +27,7 @@ from store.push import Pusher
 from store.reference import parse_reference
 from store.registry import Registry as Client
 from store.spans import SpanTable
-from tests.runtime.site import Site, push_blobs, until
+from tests.runtime.site import Method, Site, push_blobs, until
 from tests.support import lazy, tars
 from tests.support import proxy as faults
 from tests.support.indexing import digest, index_of, table_of
@@ -33,6 +37,7 @@ from tests.support.proxy import Exchange, Proxy
 from tests.support.registry import Registry
 from tests.support.treediff import tree_diff
 from tests.support.umoci import umoci_unpack
+from tools.sides import detach
 
 
 def noise(seed: int, size: int) -> bytes:
@@ -398,6 +403,75 @@ async def test_a_link_into_a_lower_lazy_layer_brings_both(
         reference = umoci_unpack([lower, alone, upper], tmp_path / "umoci")
         with mounted_stack(images, tmp_path / "mounts") as root:
             assert tree_diff(root, reference) == []
+
+
+# --- another image that claims the same layer ----------------------------------------------
+
+
+def mounted_files(site: Site, image: Image) -> Callable[[], Path]:
+    """Mounts an image's one layer as the daemon does, in a thread; its files."""
+
+    def device(diff_id: Digest) -> Device:
+        return trio.from_thread.run(site.client.device, diff_id)
+
+    rootfs = Rootfs(site.run, None, device)
+    return lambda: rootfs.layer(site.store.rootfs_layers(image)[0])
+
+
+@pytest.mark.logs("is fetched once more")
+@pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.parametrize("method", ["fuse", "fanotify"])
+@pytest.mark.parametrize("make", [lazy.estargz, lazy.zstd_chunked])
+async def test_an_image_that_claims_the_content_of_another(
+    tmp_path: Path,
+    registry: Registry,
+    front: Proxy,
+    layout: OciLayout,
+    name: str,
+    make: Callable[[bytes], lazy.LazyBlob],
+    method: Method,
+    reachable: bool,
+) -> None:
+    good = make(tars.archive(tars.entry(b"f", data=b"good" * 100_000)))
+    evil = make(tars.archive(tars.entry(b"f", data=b"evil" * 200_000)))
+    names = [
+        push_blobs(registry, layout, f"{name}/{n}", [(blob.data, blob.layer, good.diff_id)])
+        for n, blob in enumerate((evil, good))
+    ]
+    site = Site(tmp_path, method)
+    async with site.opened():
+        try:
+            claimed = await site.pull(f"{front.host}/{names[0]}")
+            before = await trio.to_thread.run_sync(mounted_files(site, claimed))
+            with (before / "f").open("rb", buffering=0) as file:
+                seen = await trio.to_thread.run_sync(file.read, 4)
+                assert seen == b"evil"
+                if not reachable:
+                    front.on("/", faults.cut_after(0))
+                image = await site.pull(f"{registry.host}/{names[1]}")
+                # Who reads the wrong one still does, or fails.
+                try:
+                    seen += await trio.to_thread.run_sync(file.read)
+                except OSError as error:
+                    assert error.errno == errno.EIO
+                assert set(seen) == set(b"evil")
+            after = await trio.to_thread.run_sync(mounted_files(site, image))
+            assert (after / "f").read_bytes() == b"good" * 100_000
+            assert not site.store.damaged(image) and not site.store.incomplete(image)
+        finally:
+            detach(site.run)
+
+
+async def test_the_same_layer_from_two_registries_is_one(
+    tmp_path: Path, registry: Registry, front: Proxy, layout: OciLayout, name: str
+) -> None:
+    blob = lazy.estargz(tars.archive(tars.entry(b"f", data=noise(1, 200_000))))
+    pushed = push_blobs(registry, layout, name, [(blob.data, blob.layer, blob.diff_id)])
+    site = Site(tmp_path, "fanotify")
+    async with site.opened():
+        await site.pull(f"{front.host}/{pushed}")
+        image = await site.pull(f"{registry.host}/{pushed}")
+        assert site.store.incomplete(image) == (blob.diff_id,)
 
 
 # --- being interrupted -------------------------------------------------------------------
