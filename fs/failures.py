@@ -37,10 +37,11 @@ class Failures:
         """
         self.changed_ns = time.time_ns()
         what = f" {_shown(data)}" if data else ""
+        who = f" by pid {caller.pid} uid {caller.uid}" if caller.pid else ""
         name = errno.errorcode.get(code, str(code))
         line = (
-            f"{rfc3339(self.changed_ns)} {name} /{path}: {operation}{what}"
-            f" by pid {caller.pid} uid {caller.uid}: {' '.join(sentence.split())}"
+            f"{rfc3339(self.changed_ns)} {name} /{path}: {operation}{what}{who}:"
+            f" {' '.join(sentence.split())}"
         )
         self._lines.append(_printable(line))
         log.info("%s", self._lines[-1])

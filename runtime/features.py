@@ -84,8 +84,12 @@ def _checks(config: RuntimeConfig, place: Path) -> list[Check]:
     ]
 
 
-def report(config: RuntimeConfig, root: Path) -> dict[str, object]:
-    """The same for programs, as in info.json."""
+def report(config: RuntimeConfig, root: Path, serving: str) -> dict[str, object]:
+    """The same for programs, as in info.json.
+
+    Args:
+        serving: how incomplete layers are served, as it is configured (``LazyConfig.method``).
+    """
     found = checks(config, root)
     methods = {c.name: c.ok for c in found}
     return {
@@ -93,7 +97,7 @@ def report(config: RuntimeConfig, root: Path) -> dict[str, object]:
         "architecture": os.uname().machine,
         "cgroups": layout(),
         "layer_mounts": "file" if methods["EROFS from files"] else "loop",
-        "layer_serving": "fanotify" if methods[_PRE_CONTENT] else "fuse",
+        "layer_serving": "fanotify" if methods[_PRE_CONTENT] and serving != "fuse" else "fuse",
         "features": {
             c.name: {
                 "ok": c.ok,

@@ -238,10 +238,12 @@ class Fetcher:
             try:
                 return await self._arrival(spans)
             except RegistryError as error:
-                if not error.transient or pause > _seconds_left():
+                left = trio.current_effective_deadline() - trio.current_time()
+                if not error.transient or left < _PAUSE_SECONDS:
                     raise
                 rest = max(pause, min(error.retry_after, _PAUSE_MAX_SECONDS))
-            await trio.sleep(rest)
+            # Until the very end: it may be well again by then.
+            await trio.sleep(min(rest, left / 2))
             pause = min(2 * pause, _PAUSE_MAX_SECONDS)
 
     async def _arrival(self, spans: Sequence[int]) -> None:
@@ -356,7 +358,3 @@ class Fetcher:
         for number in numbers:
             if self.layer.has(number):  # it may have been forgotten since
                 self._settle(number, None)
-
-
-def _seconds_left() -> float:
-    return trio.current_effective_deadline() - trio.current_time()

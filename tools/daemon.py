@@ -84,7 +84,9 @@ async def _serve(
                 failures=failures,
                 automounts=automounts,
                 config=config,
-                info=await trio.to_thread.run_sync(features.report, config.runtime, options.root),
+                info=await trio.to_thread.run_sync(
+                    features.report, config.runtime, options.root, config.store.lazy.method
+                ),
             )
             nursery.start_soon(indexer.run)
             await client.wait_until_up()

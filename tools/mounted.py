@@ -76,6 +76,7 @@ def mounted_image(
     Raises:
         InvalidReference: ``name`` is no name of an image.
         ImageNotFound: the tree has none of this name.
+        CommandFailed: not all of it is here, and the rest cannot be fetched.
     """
     reference = parse_reference(name)
     image = mountpoint / "images" / name
@@ -86,6 +87,7 @@ def mounted_image(
         except (FileNotFoundError, NotADirectoryError):
             raise ImageNotFound(f"{mountpoint} has no image {reference}; pull it first") from None
     check_limit(len(manifest), limits.manifest_bytes, f"the manifest of {reference}")
+    _fetch_all(image, mountpoint)
     entry = Descriptor(_media_type(manifest), digest_of(manifest), len(manifest))
     index = {"schemaVersion": 2, "manifests": [msgspec.to_builtins(entry)]}
     with temporary_directory() as temporary:
@@ -95,6 +97,22 @@ def mounted_image(
             (directory / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
             (directory / "blobs").symlink_to(mountpoint / "content")
         yield MountedImage(LayoutSource(directory), limits, str(reference)), platform
+
+
+def _fetch_all(image: Path, mountpoint: Path) -> None:
+    """Bring what is missing of a lazy image."""
+    try:
+        descriptor = os.open(image / "fetch", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, b"all\n")
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CommandFailed(
+            f"the rest of {image} cannot be fetched: {error.strerror}; the last line of"
+            f" {mountpoint}/errors says why",
+            errno=error.errno,
+        ) from error
 
 
 class _Typed(msgspec.Struct, rename="camel"):

@@ -42,7 +42,7 @@ from runtime.layerserver.protocol import (
 from runtime.layerserver.serving import Serving
 from store import lazy
 from store.cas import Cas, Digest, parse_digest
-from store.config import StoreConfig
+from store.config import Patience, StoreConfig
 from store.errors import (
     BlobNotFound,
     CorruptContent,
@@ -64,6 +64,8 @@ log = logging.getLogger(__name__)
 # A daemon that was killed comes back sooner; else nobody needs this process.
 _GRACE_SECONDS = 10.0
 _MAX_REQUEST = 16 << 20
+# Requests in the time that a reader waits, if all stall.
+_ATTEMPTS = 2
 # Spans asked for at once where all of a layer is wanted.
 _BATCH = 500
 
@@ -98,7 +100,7 @@ class LayerServer:
 
     def _use(self, config: StoreConfig) -> None:
         """New settings count for layers that are opened from now on."""
-        self._config = config
+        self._config = msgspec.structs.replace(config, patience=_patience(config))
         self._sources: dict[str, Source] = {}
         self._filler.fill = config.lazy.fill
         self._filler.rate = config.lazy.fill_rate
@@ -419,6 +421,16 @@ def _choose(
     if method == "fanotify":
         raise Unsupported(f"layers can't be served with fanotify: {why}")
     return FuseServing(run, find), why
+
+
+def _patience(config: StoreConfig) -> Patience:
+    """As for pulls, but a request that stalls leaves its readers time for another."""
+    patience, most = config.patience, config.lazy.read_seconds / _ATTEMPTS
+    return msgspec.structs.replace(
+        patience,
+        read_seconds=min(patience.read_seconds, most),
+        connect_seconds=min(patience.connect_seconds, most),
+    )
 
 
 def _spans(fetcher: Fetcher, ranges: Ranges) -> list[range]:

@@ -79,13 +79,14 @@ def test_what_this_machine_has(tmp_path: Path) -> None:
     assert found["EROFS from loop devices"].ok
     assert found["EROFS from files"].ok == (linux.kernel_version() >= (6, 12))
     assert all(check.advice for check in found.values())
-    report = features.report(RuntimeConfig(), root)
+    report = features.report(RuntimeConfig(), root, "auto")
+    assert features.report(RuntimeConfig(), root, "fuse")["layer_serving"] == "fuse"
     assert report["kernel"] == os.uname().release
 
 
 def test_no_layer_can_be_mounted_from_a_file_on_a_tmpfs(tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path, "tmpfs", "size=1m"):
-        assert features.report(RuntimeConfig(), tmp_path)["layer_mounts"] == "loop"
+        assert features.report(RuntimeConfig(), tmp_path, "auto")["layer_mounts"] == "loop"
         assert not list(tmp_path.iterdir())
 
 
