@@ -73,11 +73,9 @@ class _SettingFile(_ContainerFile, SettingFile):
         """Set it; an empty text goes back to the default."""
         await self.container.set(self.setting.name, text)
 
-    async def append(self, text: str) -> None:
-        """Add lines to what was written before."""
-        await self.container.set(
-            self.setting.name, self.container.own_text(self.setting.name) + text
-        )
+    def own(self) -> str:
+        """What was written."""
+        return self.container.own_text(self.setting.name)
 
     def mtime_ns(self) -> int:
         """When a setting was last written."""
@@ -131,6 +129,10 @@ class ConfigJson(_ContainerFile, DocumentFile):
     async def store(self, document: bytes) -> None:
         """Override the generated document."""
         await self.container.set_config_document(document)
+
+    def own(self) -> bytes:
+        """The document that was written."""
+        return self.container.own_config_document()
 
     def mtime_ns(self) -> int:
         """When a setting was last written."""

@@ -110,7 +110,8 @@ class SettingHandle(TextHandle):
 
     Each write makes what was written so far the content before it returns. With
     O_APPEND each write is added to what is there. A file opened with O_TRUNC and
-    closed without a write is emptied; with a write, it never is in between.
+    closed without a write is emptied. Shells close one descriptor of `> file` before the
+    command writes, so what that took away comes back when the write is refused.
 
     A long list arrives in pieces that end anywhere. When a piece is as long as a full
     buffer, what comes after its last newline waits for the next piece, or for close.
@@ -121,12 +122,22 @@ class SettingHandle(TextHandle):
         self._node = node
         self._append = bool(flags & os.O_APPEND)
         self._emptied = bool(flags & os.O_TRUNC)
+        self._before = ""
         self._written = b""
         self._tail = b""
 
     async def write(self, offset: int, data: bytes, caller: "Caller") -> int:
         """Set or add to the content."""
         self._emptied = False
+        before, self._before = self._before, ""
+        try:
+            return await self._set(offset, data)
+        except CtrfsError:
+            if before:
+                await self._node.replace(before)
+            raise
+
+    async def _set(self, offset: int, data: bytes) -> int:
         text = self._tail + data if self._append else self._placed(offset, data)
         lines, newline, tail = text.rpartition(b"\n")
         if len(data) % FULL_BUFFER or not newline:
@@ -154,6 +165,7 @@ class SettingHandle(TextHandle):
         """Carry out `: > file`, and take a last line without a newline."""
         if self._emptied:
             self._emptied = False
+            self._before = self._node.own()
             await self._node.truncate()
         elif self._tail:
             await self._apply(self._tail if self._append else self._written)
@@ -168,6 +180,7 @@ class DocumentHandle(TextHandle):
         self._node = node
         self._append = bool(flags & os.O_APPEND)
         self._emptied = bool(flags & os.O_TRUNC)
+        self._before = b""
         self._draft: bytearray | None = None
         self._dirty = False
 
@@ -193,13 +206,21 @@ class DocumentHandle(TextHandle):
             del self._draft[size:]
 
     async def flush(self) -> None:
-        """Hand the draft over; the shell's `> file` closes twice, the second has nothing."""
+        """Hand the draft over. Shells close `> file` before and after the command writes: what
+        the first took away comes back when the document is refused."""
         if self._dirty and self._draft is not None:
             self._dirty = False
-            decode(bytes(self._draft))
-            await self._node.store(bytes(self._draft))
+            before, self._before = self._before, b""
+            try:
+                decode(bytes(self._draft))
+                await self._node.store(bytes(self._draft))
+            except CtrfsError:
+                if before:
+                    await self._node.store(before)
+                raise
         elif self._emptied and self._draft is None:
             self._emptied = False
+            self._before = self._node.own()
             await self._node.store(b"")
 
 

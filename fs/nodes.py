@@ -297,9 +297,13 @@ class SettingFile(TextFile):
         """Make ``text`` the content; it comes with its newlines."""
         raise NotImplementedError
 
+    def own(self) -> str:
+        """The content as it was written; empty for a default."""
+        return self.content().decode()
+
     async def append(self, text: str) -> None:
-        """Add ``text`` to the content, for O_APPEND."""
-        await self.replace(self.content().decode() + text)
+        """Add ``text`` to what was written, for O_APPEND."""
+        await self.replace(self.own() + text)
 
     async def truncate(self) -> None:
         """An empty content: back to the default."""
@@ -318,6 +322,10 @@ class DocumentFile(TextFile):
     async def store(self, document: bytes) -> None:
         """Take the document, or raise and change nothing."""
         raise NotImplementedError
+
+    def own(self) -> bytes:
+        """The document as it was written; empty for a default."""
+        return self.content()
 
     async def open(self, flags: int) -> Handle:
         """A handle that collects the document."""

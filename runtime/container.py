@@ -226,6 +226,10 @@ class Container:
             spec.complete(document, root, self._steps.cgroup_path, self._record.user)
         )
 
+    def own_config_document(self) -> bytes:
+        """The OCI runtime document of one's own; empty without one."""
+        return (self._record.override or "").encode()
+
     async def set_config_document(self, document: bytes) -> None:
         """Run by a document of one's own; empty goes back to the generated one.
 

@@ -134,6 +134,36 @@ def test_rubbish_is_refused_and_changes_nothing(used_mount: Mount) -> None:
             assert read(path, 1 << 20) == before, path
 
 
+def test_what_a_shell_writes_in_vain_changes_nothing(
+    used_mount: Mount, idle_container: Path
+) -> None:
+    own_config = (idle_container / "config.json").read_text().replace("/bin/", "/nowhere/")
+    for name, good in {
+        "image": (idle_container / "image").read_text(),
+        "args": "one\ntwo\n",
+        "stop_timeout": "5\n",
+        "stop_signal": "USR1\n",
+        "net/namespace": "host\n",
+        "spec": '{"args":["x"]}\n',
+        "config.json": own_config,
+    }.items():
+        path = idle_container / name
+        path.write_text(good)
+        before = path.read_bytes()
+        # A shell does not see that a close fails.
+        shell(f"printf '\\0\\377' > {path}")
+        assert path.read_bytes() == before, path
+        # A default stays one.
+        shell(f": > {path}")
+        default = path.read_bytes()
+        shell(f"printf '\\0\\377' > {path}")
+        assert path.read_bytes() == default, path
+
+
+def shell(command: str) -> None:
+    subprocess.run(["bash", "-c", command], capture_output=True)
+
+
 def test_what_is_read_can_be_written_back(used_mount: Mount, idle_container: Path) -> None:
     for path in writable(idle_container):
         if path.name in ("state", "signal", "config.json"):
