@@ -197,6 +197,7 @@ class Containers:
             await container.remove()
             del self._containers[container.id]
             self._changed()
+            await trio.to_thread.run_sync(self._services.store.note_wanted)
 
         await self._background.run(remove)
 

@@ -202,7 +202,8 @@ class Authorizer:
     Args:
         transport: for the token server.
         scope: what a token is asked for, ``repository:<name>:pull``.
-        find: looks for credentials; called once, when the registry wants some.
+        find: looks for credentials; called when the registry wants some, and again after it
+            has refused them.
     """
 
     def __init__(
@@ -244,17 +245,36 @@ class Authorizer:
         with self._lock:
             if used != self._header:
                 return  # another thread has been here meanwhile
-            offers = {challenge.scheme: challenge for challenge in parse_challenges(header)}
-            if bearer := offers.get("bearer"):
-                self._bearer = self._named(bearer, url)
-                self._fetch_token(self._bearer)
-            elif "basic" in offers and used is None:
-                self._header = self._known(url).basic
-            else:
-                raise RegistryUnauthorized(
-                    f"{origin(url)[1]} refuses the credentials from docker's configuration; "
-                    "run docker login again"
-                )
+            try:
+                self._meet(parse_challenges(header), url, used)
+            except RegistryUnauthorized:
+                self._forget()
+                raise
+
+    def refused(self) -> None:
+        """What was sent is not enough; there may be other credentials by the next request."""
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._header, self._bearer, self._looked = None, None, False
+
+    def _meet(self, challenges: list[Challenge], url: str, used: str | None) -> None:
+        offers = {challenge.scheme: challenge for challenge in challenges}
+        if bearer := offers.get("bearer"):
+            self._bearer = self._named(bearer, url)
+            self._fetch_token(self._bearer)
+        elif "basic" in offers and used is None:
+            self._header = self._known(url).basic
+        elif used is None:
+            raise RegistryUnauthorized(
+                f"{origin(url)[1]} lets nobody in, nor says what it wants; ask those who run it"
+            )
+        else:
+            raise RegistryUnauthorized(
+                f"{origin(url)[1]} refuses the credentials from docker's configuration; "
+                "run docker login again"
+            )
 
     def _known(self, url: str) -> Credentials:
         credentials = self._credentials_now()

@@ -1,11 +1,14 @@
 """The store's settings: registries, limits on what comes from outside, patience."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from store.platform import Platform, host_platform
 from store.unpack import LayerLimits
+
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -28,30 +31,30 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     # The OCI distribution specification tells registries to accept at least 4 MiB and most
     # accept no more.
-    manifest_bytes: int = 4 << 20
+    manifest_bytes: Count = 4 << 20
     # Configurations of real images are below 100 KB; one is held in memory per image.
-    config_bytes: int = 4 << 20
+    config_bytes: Count = 4 << 20
 
 
 class Patience(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How long and how often to try."""
 
     # Three SYN retransmissions (1 + 2 + 4 s) fit in.
-    connect_seconds: float = 10.0
+    connect_seconds: Seconds = 10.0
     # Between two pieces of an answer. Registries that fetch a blob from cold storage first
     # were seen to take half a minute.
-    read_seconds: float = 60.0
+    read_seconds: Seconds = 60.0
     # For a whole manifest, configuration or token, which are at most some megabytes.
-    document_seconds: float = 120.0
+    document_seconds: Seconds = 120.0
     # Attempts in a row without progress. With the pauses below they span half a minute, the
     # time a registry behind a load balancer needs to be restarted.
-    attempts: int = 6
+    attempts: Count = 6
     # Before the second attempt; doubled each time, and up to half of it again by chance so
     # that many clients don't come back at once.
-    backoff_seconds: float = 0.5
+    backoff_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.5
     # A registry that asks for more patience than this (Retry-After) gets an error instead of
     # a user who waits and does not know why.
-    retry_after_seconds: float = 60.0
+    retry_after_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
 
 
 Mode = Literal["lazy", "full"]
@@ -68,14 +71,14 @@ class LazyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     method: Literal["auto", "fuse", "fanotify"] = "auto"
     # How long a read waits for a registry that is away before it fails with EIO. A program
     # whose read fails mostly ends; one that waits goes on when the network is back.
-    read_seconds: float = 60.0
+    read_seconds: Seconds = 60.0
     # Requests under way for readers, over all layers. More hide more of the way to the registry;
     # each has a thread and a connection.
-    requests: int = 8
+    requests: Count = 8
     # Whether the rest of a layer comes by itself while no reader waits, and how many bytes a
     # second that may take (None: as many as there are).
     fill: bool = True
-    fill_rate: int | None = None
+    fill_rate: Count | None = None
     # Whether layers that can't be lazy by themselves are indexed after they were pulled, so
     # that they can be the next time. Takes 6 s of processor time a gigabyte, at low priority.
     index: bool = True
@@ -85,7 +88,7 @@ class LazyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     remote_indexes: Literal["tag", "always", "never"] = "tag"
     # What a container opens in so many seconds after its start is fetched first the next time.
     # Interpreters have loaded their libraries by then, and caches do not follow data for ever.
-    record_seconds: float = 10.0
+    record_seconds: Annotated[float, msgspec.Meta(ge=0)] = 10.0
 
 
 class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -100,7 +103,7 @@ class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     lazy: LazyConfig = msgspec.field(default_factory=LazyConfig)
     # Layers in transfer at once, over all pulls. Each has a thread that receives and one that
     # unpacks; docker and containerd take three at a time too.
-    parallel_layers: int = 3
+    parallel_layers: Count = 3
     # Image platform to choose; None: this machine's.
     platform: Platform | None = None
 

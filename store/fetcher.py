@@ -111,6 +111,8 @@ class Fetcher:
         whole: called when the last missing span has come.
 
     Attributes:
+        borrows: contents are taken from other layers, as long as that was not what made the
+            whole blob wrong.
         doubted: the whole blob was found wrong once, and some of it fetched again.
         refused: why the blob was found wrong for good; empty if it was not.
     """
@@ -127,6 +129,7 @@ class Fetcher:
         whole: Callable[[], None],
     ) -> None:
         self.layer = layer
+        self.borrows = True
         self.doubted = False
         self.refused = ""
         self._source = source
@@ -334,8 +337,7 @@ class Fetcher:
 
     def _without_borrowed(self, spans: range) -> Iterator[range]:
         """What is left to ask a registry for after what other layers have."""
-        # What was borrowed may have been what was wrong.
-        if self.doubted or not self._lender.can_lend(self.layer):
+        if not self.borrows or not self._lender.can_lend(self.layer):
             yield spans
             return
         first: int | None = None

@@ -17,6 +17,9 @@ from store.manifest import Descriptor
 from store.oci_layout import REF_NAME
 from store.reference import LayoutSource
 
+# Begins the names of directories in which a writer keeps its blobs, locked as long as it lives.
+_WORKSPACE = ".ctrfs-"
+
 _VERSION = b'{"imageLayoutVersion":"1.0.0"}'
 
 
@@ -36,7 +39,10 @@ class LayoutTarget:
     def __enter__(self) -> Self:
         with storage(f"making the image layout {self._path}"):
             self._is_ours = _make(self._path)
-            self.workspace = Path(tempfile.mkdtemp(prefix=".ctrfs-", dir=self._path))
+            with _locked(self._path):
+                _remove_abandoned(self._path)
+                self.workspace = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=self._path))
+                self._lock = _lock(self.workspace)
         return self
 
     def __exit__(
@@ -46,6 +52,7 @@ class LayoutTarget:
         traceback: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.workspace)
+        os.close(self._lock)
         if error is not None and self._is_ours:
             # Only what is empty: somebody else may have begun to use it.
             with suppress(OSError):
@@ -113,22 +120,45 @@ def _make(path: Path) -> bool:
     if not path.exists():
         path.mkdir(parents=True)
         return True
-    if not path.is_dir() or (not (path / "oci-layout").exists() and any(path.iterdir())):
+    if not path.is_dir() or not ((path / "oci-layout").exists() or _is_empty(path)):
         raise InvalidManifest(
             f"{path} is neither an OCI image layout nor an empty directory; choose another one"
         )
     return False
 
 
+def _is_empty(path: Path) -> bool:
+    """Whether there is nothing in it but what others are about to write."""
+    return all(entry.name.startswith(_WORKSPACE) for entry in path.iterdir())
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what writers that were killed have left. Needs the layout's lock."""
+    for workspace in path.glob(f"{_WORKSPACE}*"):
+        with suppress(OSError):  # its writer lives
+            os.close(_lock(workspace))
+            shutil.rmtree(workspace)
+
+
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Two that write into one layout must not overwrite each other's index."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = _lock(directory, wait=True)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(directory: Path, *, wait: bool = False) -> int:
+    """A descriptor that has the directory locked. Raises BlockingIOError: another has."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _parsed(path: Path) -> dict[str, Any]:

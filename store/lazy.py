@@ -7,6 +7,7 @@ Beside the files of every layer (layers.py), the directory of an incomplete one 
     present    which spans are here. Its absence says that the layer is complete
     blob       the registry's bytes, with holes; moves to the store's content at the end
     refused    why the whole blob turned out to be wrong; the layer can't be used then
+    unwanted   no image and no container has the layer: it is not filled by itself
 
 ``data`` has its full size from the start, and holes. A span counts as present after its
 bytes, verified, are in ``data`` and in ``blob``. That order is kept by the page cache when a
@@ -55,6 +56,7 @@ _HERE, _BORROWED = 1, 2
 
 _PRESENT = "present"
 _REFUSED = "refused"
+_UNWANTED = "unwanted"
 _INFLATED = 1 << 20
 
 
@@ -85,6 +87,19 @@ def refusal(directory: Path) -> str:
     with suppress(FileNotFoundError):
         return (directory / _REFUSED).read_text()
     return ""
+
+
+def set_wanted(directory: Path, wanted: bool) -> None:
+    """Whether the layer is to be filled by itself. Raises OSError."""
+    if wanted:
+        (directory / _UNWANTED).unlink(missing_ok=True)
+    else:
+        (directory / _UNWANTED).touch()
+
+
+def is_wanted(directory: Path) -> bool:
+    """Whether some image or container has the layer."""
+    return not (directory / _UNWANTED).exists()
 
 
 def fetched(directory: Path) -> int | None:
@@ -355,6 +370,17 @@ class LazyLayer:
                 "it is damaged or hostile, push the image again"
             )
 
+    def forget_borrowed(self) -> bool:
+        """Forget what came from other layers' blobs; whether there was any."""
+        spans = [
+            number
+            for number in range(self.table.spans)
+            if self._present[_HEAD.size + number] == _BORROWED
+        ]
+        for number in spans:
+            self.forget(number)
+        return bool(spans)
+
     def forget_unverified(self) -> bool:
         """Forget the spans of which only the blob's digest covers all, and those that are damaged
         behind their contents; whether there were any. Blocks while it reads the blob."""
@@ -364,7 +390,7 @@ class LazyLayer:
         return bool(spans)
 
     def _is_doubtful(self, number: int) -> bool:
-        if not self.table.span(number).count or self._present[_HEAD.size + number] == _BORROWED:
+        if not self.table.span(number).count:
             return True
         blob = self.read_blob(number)
         # The headers of the files that come next are in the same member as a content.

@@ -1,5 +1,6 @@
 """Where in the layers of an image the contents of a path are."""
 
+import errno
 import stat
 from collections.abc import Iterator, Sequence
 
@@ -7,6 +8,7 @@ from store.cas import Digest
 from store.errors import ImageNotFound
 from store.index import read_index
 from store.layers import Layer
+from store.tar_names import PATH_MAX
 from store.tree import Directory, Node, lower_view
 from store.tree_builder import Builder
 
@@ -44,9 +46,14 @@ class Contents:
         Raises:
             ImageNotFound: the image has no such path.
         """
-        node = self._resolve(path.encode("utf-8", "surrogateescape"))
+        encoded = path.encode("utf-8", "surrogateescape")
+        if len(encoded) >= PATH_MAX:
+            raise ImageNotFound(
+                f"a path has at most {PATH_MAX - 1} bytes", errno=errno.ENAMETOOLONG
+            )
+        node = self._resolve(encoded)
         if node is None:
-            raise ImageNotFound(f"the image has no {path}")
+            raise ImageNotFound(f"the image has no {path!r}")
         ranges: Ranges = {}
         for file in _files(node):
             if stat.S_ISREG(file.mode) and file.size:

@@ -203,6 +203,7 @@ class Pulls:
                 await self._fill(lazily, image)
             image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
             await to_end(lambda: self._store.images.put(image))
+            await to_end(self._store.note_wanted)
         self._have_indexed(wanted)
         return image
 

@@ -371,6 +371,7 @@ class Endpoint:
                 break
             challenge = response.headers.get("WWW-Authenticate", "")
             self._authorizer.challenged(url, challenge, used)
+        self._authorizer.refused()
         return None
 
     def _base(self) -> str:

@@ -15,7 +15,7 @@ from store.events import EventLog
 from store.images import Image, Images
 from store.indexes import Indexes
 from store.layers import Layer, LayerImage, Layers
-from store.lazy import fetched
+from store.lazy import fetched, set_wanted
 from store.locate import Contents, Ranges
 from store.opened import Opened
 
@@ -57,9 +57,20 @@ class Store:
                 raise
 
     def forget_image(self, name: str) -> None:
-        """``Images.remove``, which works on a full disk, too."""
+        """``Images.remove``, which works on a full disk, too. What is missing of the image's layers
+        does not come any more."""
         with self.ballast.dropped():
             self.images.remove(name)
+            self.note_wanted()
+
+    def note_wanted(self) -> None:
+        """Say of each incomplete layer whether any image or container has it."""
+        wanted = {diff_id for image in self.images for diff_id in image.diff_ids}
+        wanted.update(diff_id for stack in self.images.pinned() for diff_id in stack)
+        for layer in self.layers:
+            if not layer.complete:
+                with suppress(OSError):  # it goes just now, or the disk is full
+                    set_wanted(layer.directory, layer.diff_id in wanted)
 
     def rootfs_layers(self, image: Image) -> tuple[LayerImage, ...]:
         """What to mount for an image, bottom first. May read and write files.

@@ -124,4 +124,6 @@ def _trace(request: Request) -> list[bytes]:
             raise CommandFailed(missing, errno=errno.ENOENT) from None
     if len(data) > _TRACE_BYTES:
         raise LimitExceeded(f"{path} has more than {_TRACE_BYTES} bytes, which no trace has")
+    if not data.strip():
+        raise CommandFailed(f"{path} names no files, so there is nothing to put first")
     return [line for line in data.split(b"\n") if line]

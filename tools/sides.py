@@ -135,11 +135,11 @@ class Ctrfs:
 
     def _clean(self) -> None:
         """Take away what outlives a daemon, also one that was killed."""
+        directory = run_directory(self.root)
+        detach(directory, self.mount, self.root)
         for pid in self.layer_servers():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        directory = run_directory(self.root)
-        detach(directory, self.mount, self.root)
         shutil.rmtree(directory, ignore_errors=True)
         shutil.rmtree(self.root, ignore_errors=True)
 

@@ -29,6 +29,10 @@ async def complete(fetcher: Fetcher, cas: Cas) -> None:
         await interruptible(lambda: layer.verify(cancelled.is_set), cancelled.set)
         await interruptible(lambda: layer.finish(cas), lambda: None)
     except (DigestMismatch, InvalidLayer) as error:
+        if await trio.to_thread.run_sync(layer.forget_borrowed):
+            fetcher.borrows = False
+            log.info("%s is not all as other layers have it: that is fetched", layer.diff_id)
+            return
         # Each content has been verified by its own digest; what lies between has not, and
         # comes once more before the blob is given up.
         if not fetcher.doubted and await trio.to_thread.run_sync(layer.forget_unverified):

@@ -1,13 +1,16 @@
 """Bringing the rest of all layers here while no reader waits, and verifying whole ones."""
 
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 
 import trio
 
 from store.errors import DigestMismatch, StoreError
 from store.fetcher import Fetcher, Slots
+from store.lazy import is_wanted
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,8 @@ _LEAST, _MOST = 256 << 10, 8 << 20
 _RETRY_SECONDS = 5.0
 # After wrong bytes: who sends them may do so for long, and each is reported.
 _RETRY_WRONG_SECONDS = 60.0
+# Bytes that filling leaves free, or a twentieth of a small disk.
+_RESERVE = 256 << 20
 
 
 class Filler:
@@ -78,9 +83,15 @@ class Filler:
         for fetcher in self._fetchers():
             if fetcher.layer.complete or fetcher.refused:
                 continue
-            if fetcher.layer.whole or (self.fill and self._resting.get(fetcher, now) <= now):
+            if fetcher.layer.whole or (self.fill and self._may_fill(fetcher, now)):
                 return fetcher
         return None
+
+    def _may_fill(self, fetcher: Fetcher, now: float) -> bool:
+        """Whether a layer has not failed just now, and some image and the disk have room for it."""
+        if self._resting.get(fetcher, now) > now:
+            return False
+        return is_wanted(fetcher.layer.directory) and _has_room(fetcher.layer.directory)
 
     async def _step(self, fetcher: Fetcher) -> None:
         begin = time.monotonic()
@@ -108,3 +119,10 @@ class Filler:
         stop = min(stop, layer.next_present(first))
         await fetcher.bring(range(first, stop), self._limiter)
         return table.range_of(stop - 1)[1] - start
+
+
+def _has_room(directory: Path) -> bool:
+    """Whether readers and containers are left some room on the disk."""
+    disk = os.statvfs(directory)
+    reserve = min(_RESERVE, disk.f_blocks * disk.f_frsize // 20)
+    return disk.f_bavail * disk.f_frsize > reserve

@@ -229,7 +229,7 @@ def test_fetch(lazy_mount: Mount, images: dict[str, Image], front: Proxy) -> Non
     data = image.files["data/large1"]
     assert (mount.path / "images" / name / "rootfs/data/large1").read_bytes() == data
     code, sentence = mount.refused(f"images/{name}/fetch", "/data/nothing")
-    assert (code, "has no /data/nothing" in sentence) == (errno.ENOENT, True)
+    assert (code, "has no '/data/nothing'" in sentence) == (errno.ENOENT, True)
     front.heal()
     mount.write(f"images/{name}/fetch", "all")
     assert mount.read(f"images/{name}/state") == "complete"

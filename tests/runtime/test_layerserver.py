@@ -44,6 +44,7 @@ from tests.runtime.site import Method, Site, push_blobs, until
 from tests.support import lazy
 from tests.support import proxy as faults
 from tests.support.layouts import OciLayout, tar_of
+from tests.support.mounting import mounted as mounted_at
 from tests.support.proxy import Exchange, Proxy
 from tests.support.registry import Registry
 
@@ -279,6 +280,38 @@ async def test_without_filling_nothing_comes_by_itself(
         config = msgspec.structs.replace(site.config, lazy=settings)
         await site.client._ask(Configure(config))
         await site.told("complete")
+
+
+async def test_what_nobody_wants_any_more_is_not_filled(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with served(tmp_path, front, name, fill=True, fill_rate=100_000) as (site, _):
+        (image,) = site.store.images
+        start = fetched(site)
+        await until(lambda: fetched(site) > start)
+        site.store.forget_image(image.name)
+        await trio.sleep(1.5)  # what was under way
+        before = bytes_asked(front)
+        await trio.sleep(1.5)
+        assert bytes_asked(front) == before
+        again = await site.pull(image.name)
+        assert again.diff_ids == image.diff_ids
+        await until(lambda: bytes_asked(front) > before)
+
+
+async def test_filling_leaves_some_room(
+    tmp_path: Path, front: Proxy, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with mounted_at("tmpfs", disk, "tmpfs", "size=100m"):
+        (disk / "rest").write_bytes(bytes(95 << 20))
+        async with served(disk, front, name, "fuse", fill=True) as (site, _):
+            before = bytes_asked(front)
+            await trio.sleep(2.0)
+            assert bytes_asked(front) == before
+            (disk / "rest").unlink()
+            await site.told("complete")
 
 
 def spoiled(front: Proxy, place: int) -> faults.Fault:

@@ -28,3 +28,20 @@ def test_nothing_need_be_said() -> None:
 def test_unknown_words_are_refused(text: bytes) -> None:
     with pytest.raises(msgspec.ValidationError, match="unknown field"):
         msgspec.json.decode(text, type=StoreConfig)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"lazy": {"requests": 0}}',
+        b'{"lazy": {"read_seconds": 0}}',
+        b'{"lazy": {"record_seconds": -1}}',
+        b'{"lazy": {"fill_rate": 0}}',
+        b'{"patience": {"attempts": 0}}',
+        b'{"layers": {"layer_bytes": -1}}',
+        b'{"parallel_layers": 0}',
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(text: bytes) -> None:
+    with pytest.raises(msgspec.ValidationError, match=r"Expected `(int|float)` >=? [01]"):
+        msgspec.json.decode(text, type=StoreConfig)

@@ -353,6 +353,24 @@ def test_basic(tmp_path: Path, layout: OciLayout, config: StoreConfig) -> None:
         assert "wrong" not in str(caught.value)
 
 
+def test_credentials_are_looked_for_again_after_a_refusal(
+    tmp_path: Path, layout: OciLayout, config: StoreConfig
+) -> None:
+    layout.tag("v1", layout.image(tar_of({"f": b"x"})))
+    for auth in ("basic", "token"):
+        with Registry(tmp_path / auth, auth=auth) as registry:
+            registry.copy(f"oci:{layout.path}:v1", "private/app:v1")
+            source = client(registry.host, "private/app:v1", config)
+            with pytest.raises(RegistryUnauthorized, match="docker login"):
+                source.resolve()
+            for password in ("wrong", "wrong again"):
+                log_in(config, registry.host, password=password)
+                with pytest.raises(RegistryUnauthorized):
+                    source.resolve()
+            log_in(config, registry.host)
+            source.resolve()
+
+
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Registry, TokenServer]]:
     """A registry with a token server, holding open/app:v1 and private/app:v1."""

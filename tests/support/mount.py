@@ -10,7 +10,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from runtime import linux
+from runtime import keeper, linux
+from runtime.layerserver.fanotify_serving import group_name
 from tools.options import run_directory
 
 
@@ -148,6 +149,7 @@ class Mount:
         for pid in self.monitors() + self.layer_servers():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        keeper.stop(group_name(self.run))
         for mounted in reversed(linux.mounts()):
             if mounted.target.startswith((str(self.path), str(self.run), str(self.root))):
                 linux.umount(mounted.target, linux.MNT_DETACH)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,8 @@ def test_what_is_wrong_with_the_words(tmp_path: Path, busybox: OciLayout) -> Non
     assert "there is no file ./trace" in refused(
         tmp_path, "oci:in", "oci:out:v1", "--trace", "./trace"
     )
+    (tmp_path / "empty").touch()
+    assert "names no files" in refused(tmp_path, "oci:in", "oci:out:v1", "--trace", "./empty")
     assert not (tmp_path / "out").exists()
     assert convert(tmp_path, "oci:in", "oci:out", "--format", "zip").returncode == 2
 
@@ -202,6 +205,26 @@ def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
         process.kill()
     assert (process.returncode, output) == (130, b"")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_writer_that_was_killed_leaves_nothing_in_the_way(
+    tmp_path: Path, busybox: OciLayout
+) -> None:
+    abandoned = tmp_path / "out/.ctrfs-abandoned"
+    abandoned.mkdir(parents=True)
+    (abandoned / "layer").write_bytes(b"half")
+    converted(tmp_path, "oci:in", "oci:out:v1")
+    assert not list((tmp_path / "out").glob(".ctrfs-*"))
+
+
+def test_two_at_once_into_a_new_layout(tmp_path: Path, busybox: OciLayout) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        targets = [f"oci:out:v{number}" for number in range(4)]
+        digests = set(pool.map(lambda target: converted(tmp_path, "oci:in", target), targets))
+    assert len(digests) == 1
+    assert sorted(os.listdir(tmp_path / "out")) == ["blobs", "index.json", "oci-layout"]
+    for target in targets:
+        assert converted(tmp_path, target, "oci:again:v1") in digests
 
 
 def test_progress_on_a_terminal(tmp_path: Path, busybox: OciLayout) -> None:
