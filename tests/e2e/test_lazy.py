@@ -322,7 +322,7 @@ def test_wrong_bytes_reach_nobody(
         path.read_bytes()
     assert caught.value.errno == errno.EIO
     until(lambda: "hostile" in mount.last_error())
-    assert "/layers/0/rootfs/data/large0: read by" in mount.last_error()
+    assert "/layers/0/rootfs/data/large0: read" in mount.last_error()
     front.heal()
     time.sleep(AGAIN_SECONDS)
     assert path.read_bytes() == image.files["data/large0"]

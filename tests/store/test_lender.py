@@ -210,7 +210,7 @@ def test_bytes_beside_contents_that_differ_come_again(
     assert layer.whole
     with pytest.raises(DigestMismatch, match="the layer's blob"):
         layer.verify(lambda: False)
-    assert layer.forget_unverified()
+    assert layer.forget_borrowed()
     assert layer.has(1) and not layer.has(4)
     assert layer.read(0, layer.size) == new.data
     take_all(layer, new.blob)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import linux
+from runtime import keeper, linux
+from runtime.layerserver.fanotify_serving import group_name
 from tools.ctrfs import main
 from tools.logs import SYSLOG_SOCKET
 from tools.mountpoint import FSTYPE
@@ -67,6 +68,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
         for pid in pids(root) + pids(root, "layers.pid"):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        keeper.stop(group_name(run_directory(root)))
         shutil.rmtree(run_directory(root), ignore_errors=True)
 
 
