@@ -66,6 +66,8 @@ _GRACE_SECONDS = 10.0
 _MAX_REQUEST = 16 << 20
 # Requests in the time that a reader waits, if all stall.
 _ATTEMPTS = 2
+# As long as nobody has read, a container that has started is not about to read more.
+_QUIET_SECONDS = 1.0
 # Spans asked for at once where all of a layer is wanted.
 _BATCH = 500
 
@@ -92,6 +94,7 @@ class LayerServer:
         self._fetchers: dict[Digest, Fetcher] = {}
         self._serving, self._why = _choose(root, run, config, self._by_name)
         self._lender = Lender(self._layers, self._cas, self._lazy_layer)
+        self._to_enter: list[LazyLayer] = []
         self._completing = trio.Lock()
         self._listeners: set[trio.MemorySendChannel[News]] = set()
         self._slots = Slots(config.lazy.requests)
@@ -228,11 +231,20 @@ class LayerServer:
         self._filler.wake()
 
     async def _begin(self, fetcher: Fetcher) -> None:
-        """What a layer wants first is fetched, and others may borrow from it."""
+        """What a layer wants first is fetched. Later others may borrow from it: that takes a while
+        to enter, which the container that starts now must not wait for."""
         layer = fetcher.layer
+        await self._enter()
+        self._to_enter.append(layer)
         if end := layer.table.prefetch_end:
             await self._prefetch(fetcher, [range(layer.table.span_at(end - 1) + 1)])
-        await trio.to_thread.run_sync(self._lender.add, layer)
+        while (idle := self._slots.idle_for()) < _QUIET_SECONDS:  # noqa: ASYNC110
+            await trio.sleep(_QUIET_SECONDS - idle)
+        await self._enter()
+
+    async def _enter(self) -> None:
+        while self._to_enter:
+            await trio.to_thread.run_sync(self._lender.add, self._to_enter.pop())
 
     def _source(self, layer: LazyLayer) -> Source:
         """Where the layer comes from. Layers of one image share it with its connections, and
