@@ -147,7 +147,7 @@ def prepare(
         total = 0
         for number in range(table.spans):
             # What came before or after the contents, as a table of contents at the end.
-            if table.span(number).count == 0 and _covered(table.range_of(number), known):
+            if table.is_empty(number) and _covered(table.range_of(number), known):
                 present[number] = 1
                 total += table.range_of(number)[1] - table.range_of(number)[0]
     finally:

@@ -35,6 +35,7 @@ VERSION = 1
 _HEAD = struct.Struct("<8sIB3xQQQQQ8x")
 _SPAN = struct.Struct("<QQQIIQIBB2x32s")
 _PIECE = struct.Struct("<QQQI4x32s")
+_COUNT_AT = struct.calcsize("<QQQI")  # in a span
 _TARGET = struct.Struct("<Q")
 _NONE = bytes(32)
 
@@ -113,27 +114,47 @@ class SpanWriter:
             InvalidLayer: it overlaps another, leads out of the blob, or its pieces do not
                 lie in it in order.
         """
-        if not self._end <= span.start < span.end <= self._blob_size:
+        self._begin(span.start, span.end)
+        span.first, span.count = self._piece_count, len(pieces)
+        for piece in pieces:
+            self._add_piece(span.size, piece.target, piece.size, piece.inner, piece.digest)
+        self._append(span)
+
+    def add_content(
+        self, start: int, end: int, size: int, target: int, inner: int, digest: bytes
+    ) -> None:
+        """As ``add`` for a span with one piece, which goes up to the span's ``size``: most are so,
+        and there may be a million.
+
+        Raises:
+            InvalidLayer: as ``add``.
+        """
+        self._begin(start, end)
+        first = self._piece_count
+        self._add_piece(size, target, size - inner, inner, digest)
+        self._spans += _SPAN.pack(start, end, size, first, 1, len(self._windows), 0, 0, 0, _NONE)
+        self._span_count += 1
+        self._end = end
+
+    def _begin(self, start: int, end: int) -> None:
+        if not self._end <= start < end <= self._blob_size:
             raise InvalidLayer(
-                f"the layer's table of contents names the bytes {span.start} to {span.end}, which "
+                f"the layer's table of contents names the bytes {start} to {end}, which "
                 f"overlap others or lie outside of the {self._blob_size} bytes of the layer; "
                 "do not trust this image"
             )
-        if span.start > self._end:
-            self._append(Span(self._end, span.start))
-        span.first, span.count = self._piece_count, len(pieces)
-        self._piece_count += len(pieces)
-        number = self._span_count
-        for piece in pieces:
-            target, size, inner = piece.target, piece.size, piece.inner
-            if target < self._target or inner + size > span.size:
-                raise InvalidLayer(
-                    "the layer's table of contents has contents that overlap or are longer than "
-                    "what holds them; do not trust this image"
-                )
-            self._target = target + size
-            self._pieces += _PIECE.pack(target, size, inner, number, piece.digest)
-        self._append(span)
+        if start > self._end:
+            self._append(Span(self._end, start))
+
+    def _add_piece(self, most: int, target: int, size: int, inner: int, digest: bytes) -> None:
+        if target < self._target or inner + size > most:
+            raise InvalidLayer(
+                "the layer's table of contents has contents that overlap or are longer than "
+                "what holds them; do not trust this image"
+            )
+        self._target = target + size
+        self._pieces += _PIECE.pack(target, size, inner, self._span_count, digest)
+        self._piece_count += 1
 
     def _append(self, span: Span) -> None:
         self._end = span.end
@@ -227,6 +248,11 @@ class SpanTable:
         fields = _SPAN.unpack_from(self._map, _HEAD.size + number * _SPAN.size)
         start, end, size, first, count, _, _, bits, lead, digest = fields
         return Span(start, end, size, digest, bits, lead, b"", first, count)
+
+    def is_empty(self, number: int) -> bool:
+        """Whether a span has no pieces."""
+        at = _HEAD.size + number * _SPAN.size + _COUNT_AT
+        return self._map[at : at + 4] == b"\0\0\0\0"
 
     def window(self, number: int) -> bytes:
         """The history that span ``number`` starts from. Raises CorruptContent."""

@@ -5,6 +5,7 @@ follow each other there fill ranges which follow each other here.
 """
 
 import stat
+from itertools import starmap
 
 from store.errors import InvalidLayer, NotLazy
 from store.index import Entry
@@ -53,7 +54,7 @@ class Layout:
         self._start = 0
         self._inner_end = 0
         self._span_size = 0
-        self._pieces: list[Piece] = []
+        self._pieces: list[tuple[int, int, int, bytes]] = []  # as the fields of Piece
 
     def add(self, entry: Entry, item: Item, *, wanted: bool = True) -> int:
         """Begin with the next entry and give it its place; chunks that follow belong to it.
@@ -133,7 +134,7 @@ class Layout:
         self._span_size = end
         self._total += size
         self._pieces.append(
-            Piece(self._target + self._done, size, item.inner_offset, self._digest(digest))
+            (self._target + self._done, size, item.inner_offset, self._digest(digest))
         )
 
     def _end_span(self, next_start: int) -> None:
@@ -147,7 +148,11 @@ class Layout:
         if self._pieces:
             size = self._span_size
             end = min(next_start, start + _compressed_max(size))
-            self._writer.add(Span(start, end, size), self._pieces)
+            if len(self._pieces) == 1:
+                target, _, inner, digest = self._pieces[0]
+                self._writer.add_content(start, end, size, target, inner, digest)
+            else:
+                self._writer.add(Span(start, end, size), list(starmap(Piece, self._pieces)))
             self._pieces.clear()
         self._start = next_start
 
