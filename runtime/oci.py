@@ -170,7 +170,7 @@ _MESSAGES: tuple[tuple[str, int, str], ...] = (
         "the command {a!r} cannot be executed: it is a directory, or not executable for the user",
     ),
     (
-        r'error mounting "(?P<a>[^"]*)" to rootfs at "(?P<b>[^"]*)":.* (?P<c>[^:]+)$',
+        r'error mounting "(?P<a>[^"]*)" to rootfs at "(?P<b>[^"]*)":(?:.*:)? (?P<c>[^:]+)$',
         errno.EINVAL,
         "{a!r} cannot be mounted at {b!r} in the container: {c}",
     ),

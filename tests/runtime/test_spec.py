@@ -143,6 +143,18 @@ def test_names_stand_once() -> None:
             errno.ENOSPC,
             "the OCI runtime failed: something new: no space left on device",
         ),
+        (
+            'error mounting "/etc/hosts" to rootfs at "/etc": mount /etc/hosts:/etc (via'
+            " /proc/self/fd/6), flags: 0x5000: not a directory",
+            errno.EINVAL,
+            "'/etc/hosts' cannot be mounted at '/etc' in the container: not a directory",
+        ),
+        (
+            'error mounting "/etc" to rootfs at "/proc/1": "/r/proc/1" cannot be mounted because'
+            " it is inside /proc",
+            errno.EINVAL,
+            "'/etc' cannot be mounted at '/proc/1' in the container: \"/r/proc/1\" cannot be",
+        ),
         ("cgroups in hybrid mode not supported, drop …", errno.EOPNOTSUPP, "crun does not work"),
         ("", errno.EIO, "the OCI runtime failed"),
         ("\0\xff\n\n", errno.EIO, "the OCI runtime failed"),
