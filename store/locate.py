@@ -96,7 +96,8 @@ def path_at(layer: Layer, offset: int) -> bytes:
         CorruptContent: the layer's index is damaged.
     """
     for entry in read_index(layer.index):
-        if entry.offset <= offset < entry.offset + entry.size:
+        # The size of a symbolic link is that of its text.
+        if stat.S_ISREG(entry.mode) and 0 <= offset - entry.offset < entry.size:
             return entry.path
     return b""
 

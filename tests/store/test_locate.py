@@ -216,6 +216,7 @@ def test_nothing_to_fetch(layers: Layers) -> None:
 
 def test_which_file_is_at_an_offset(layers: Layers) -> None:
     data = archive(
+        entry(b"link", b"2", link=b"d/a"),
         directory(b"d"),
         entry(b"d/a", data=b"x" * 5000),
         entry(b"empty"),
