@@ -1,8 +1,8 @@
 """What the administrator may set about running containers."""
 
-from typing import Annotated
-
 import msgspec
+
+from store.config import Seconds
 
 
 class RuntimeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -17,4 +17,4 @@ class RuntimeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     cgroup_parent: str = "/ctrfs"
     # A create takes 40 ms on an idle machine. Sixty containers started at once on a slow
     # disk were done within 10 s; what takes a minute hangs, on a bind source for example.
-    create_timeout: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    create_timeout: Seconds = 60.0

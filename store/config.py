@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 import msgspec
 
 from store.platform import Platform, host_platform
-from store.unpack import LayerLimits
+from store.unpack import Count, LayerLimits
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
+Pause = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -51,10 +51,10 @@ class Patience(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     attempts: Count = 6
     # Before the second attempt; doubled each time, and up to half of it again by chance so
     # that many clients don't come back at once.
-    backoff_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.5
+    backoff_seconds: Pause = 0.5
     # A registry that asks for more patience than this (Retry-After) gets an error instead of
     # a user who waits and does not know why.
-    retry_after_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    retry_after_seconds: Pause = 60.0
 
 
 Mode = Literal["lazy", "full"]
@@ -88,7 +88,7 @@ class LazyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     remote_indexes: Literal["tag", "always", "never"] = "tag"
     # What a container opens in so many seconds after its start is fetched first the next time.
     # Interpreters have loaded their libraries by then, and caches do not follow data for ever.
-    record_seconds: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    record_seconds: Pause = 10.0
 
 
 class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

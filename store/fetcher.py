@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 _PAUSE_SECONDS = 0.1
 _PAUSE_MAX_SECONDS = 5.0
 
+# Readers come in bursts: who has read a moment ago will read again, and a program that starts
+# pauses to compute. What it needs first must not have to share the line, nor the processor.
+_QUIET_SECONDS = 1.0
+
 # The kernel tries what it read ahead in vain again at once, page by page. The reader has waited
 # already.
 AGAIN_SECONDS = 1.0
@@ -67,6 +71,16 @@ class Slots:
     def idle_for(self) -> float:
         """Seconds since a reader last waited; 0 while one does."""
         return 0.0 if self.readers.borrowed_tokens else trio.current_time() - self.last_read
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no reader has waited for a second."""
+        return self.idle_for() >= _QUIET_SECONDS
+
+    async def quiet(self) -> None:
+        """Return when no reader has waited for a second."""
+        while not self.is_quiet:  # noqa: ASYNC110
+            await trio.sleep(_QUIET_SECONDS - self.idle_for())
 
 
 class _GivenUp:

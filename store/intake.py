@@ -74,7 +74,7 @@ class Intake:
         layer, number = self._layer, self._number
         if layer.has(number):
             return False
-        if not layer.table.span(number).count:
+        if layer.table.is_empty(number):
             layer.take_raw(self._offset, part)
             if whole:
                 layer.arrived(number)

@@ -244,11 +244,12 @@ class LazyLayer:
         """Bytes of the data file, whose spans must be here."""
         return os.pread(self.data_fd, length, offset)
 
-    def is_in(self, directory: Path) -> bool:
-        """Whether the directory still holds this very layer, incomplete."""
+    @property
+    def is_there(self) -> bool:
+        """Whether its directory still holds this very layer; looks at files."""
         with suppress(FileNotFoundError):
-            return (directory / _PRESENT).stat().st_ino == self.identity
-        return self.complete and directory.exists()
+            return (self.directory / _PRESENT).stat().st_ino == self.identity
+        return self.complete and self.directory.exists()
 
     # --- taking in ---------------------------------------------------------------------
 
@@ -372,25 +373,21 @@ class LazyLayer:
 
     def forget_borrowed(self) -> bool:
         """Forget what came from other layers' blobs; whether there was any."""
-        spans = [
-            number
-            for number in range(self.table.spans)
-            if self._present[_HEAD.size + number] == _BORROWED
-        ]
-        for number in spans:
-            self.forget(number)
-        return bool(spans)
+        return self._forget_all(lambda number: self._present[_HEAD.size + number] == _BORROWED)
 
     def forget_unverified(self) -> bool:
         """Forget the spans of which only the blob's digest covers all, and those that are damaged
         behind their contents; whether there were any. Blocks while it reads the blob."""
-        spans = [number for number in range(self.table.spans) if self._is_doubtful(number)]
+        return self._forget_all(self._is_doubtful)
+
+    def _forget_all(self, which: Callable[[int], bool]) -> bool:
+        spans = [number for number in range(self.table.spans) if which(number)]
         for number in spans:
             self.forget(number)
         return bool(spans)
 
     def _is_doubtful(self, number: int) -> bool:
-        if not self.table.span(number).count:
+        if self.table.is_empty(number):
             return True
         blob = self.read_blob(number)
         # The headers of the files that come next are in the same member as a content.

@@ -68,7 +68,7 @@ class Store:
         wanted = {diff_id for image in self.images for diff_id in image.diff_ids}
         wanted.update(diff_id for stack in self.images.pinned() for diff_id in stack)
         for layer in self.layers:
-            if not layer.complete:
+            if layer.record.lazy and not layer.complete:
                 with suppress(OSError):  # it goes just now, or the disk is full
                     set_wanted(layer.directory, layer.diff_id in wanted)
 

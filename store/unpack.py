@@ -37,23 +37,26 @@ _IOV_MAX = 1024  # what pwritev(2) takes at once
 _DATA_MAX = 1 << 43  # half of what 32-bit block numbers and ext4 can address
 
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
 class LayerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one layer may cost. Above any of these it is refused with LimitExceeded."""
 
     # Inflated, and again for file sizes with holes counted. The largest public images (CUDA
     # with models) have layers of 10 to 30 GB; 64 GiB is what a hostile one may fill.
-    layer_bytes: Annotated[int, msgspec.Meta(ge=1)] = 64 << 30
+    layer_bytes: Count = 64 << 30
     # Files and directories. A full Debian desktop has 300,000; a million takes 0.3 GB of memory
     # while the layer is unpacked.
-    layer_entries: Annotated[int, msgspec.Meta(ge=1)] = 1_000_000
+    layer_entries: Count = 1_000_000
     # Names, link texts and attributes together, which are in memory too. A million names
     # have about 60 MB; attributes are rare and small (a capability has 24 bytes).
-    layer_metadata_bytes: Annotated[int, msgspec.Meta(ge=1)] = 256 << 20
+    layer_metadata_bytes: Count = 256 << 20
     # Inflated over compressed size, looked at from ratio_floor inflated bytes on. Deflate can
     # reach 1032, zstd 30,000; real layers stay below 20, and those full of zeros (an
     # empty database) seldom exceed a gigabyte.
-    layer_ratio: Annotated[int, msgspec.Meta(ge=1)] = 200
-    ratio_floor: Annotated[int, msgspec.Meta(ge=1)] = 1 << 30
+    layer_ratio: Count = 200
+    ratio_floor: Count = 1 << 30
 
 
 class Unpacked(msgspec.Struct, frozen=True):

@@ -225,7 +225,11 @@ def _start_many(ctrfs: Ctrfs, images: list[str]) -> None:
         ctrfs.image = images[number % len(images)]
         names.append(ctrfs.start(*STAYING))
     for name in names:
-        ctrfs.first_line(name)
+        ctrfs.first_line(name, partial(_has_ended, ctrfs.mount / "containers" / name))
+
+
+def _has_ended(container: Path) -> bool:
+    return (container / "state").read_text() != "running\n"
 
 
 def convert(comparison: Comparison, case: Case) -> None:

@@ -228,7 +228,7 @@ class Ctrfs:
             raise RuntimeError(f"exit code {code}{(container / 'log').read_text()}")
         return Run(line - begun if line else None, ended - begun)
 
-    def first_line(self, name: str, ended: Callable[[], bool] = lambda: False) -> float | None:
+    def first_line(self, name: str, ended: Callable[[], bool]) -> float | None:
         """When there is a line in a container's `log`, as `tail -f` sees it; None: it ended."""
         descriptor = os.open(self.mount / "containers" / name / "log", os.O_RDONLY)
         try:

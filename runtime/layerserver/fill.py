@@ -14,9 +14,6 @@ from store.lazy import is_wanted
 
 log = logging.getLogger(__name__)
 
-# Readers come in bursts: who has read a moment ago will read again, and a program that starts
-# pauses to compute. What it needs first must not have to share the line, nor the processor.
-_QUIET_SECONDS = 1.0
 # A request that a reader has to share the line with should last no longer than this …
 _REQUEST_SECONDS = 0.25
 # … within these sizes: below, requests cost more than bytes; above, nothing is gained.
@@ -70,8 +67,8 @@ class Filler:
                 self._changed = trio.Event()
                 with trio.move_on_after(_RETRY_SECONDS):
                     await self._changed.wait()
-            elif (idle := self._slots.idle_for()) < _QUIET_SECONDS:
-                await trio.sleep(_QUIET_SECONDS - idle)
+            elif not self._slots.is_quiet:
+                await self._slots.quiet()
             elif fetcher.layer.whole:
                 await self._complete(fetcher)
             else:

@@ -66,8 +66,6 @@ _GRACE_SECONDS = 10.0
 _MAX_REQUEST = 16 << 20
 # Requests in the time that a reader waits, if all stall.
 _ATTEMPTS = 2
-# As long as nobody has read, a container that has started is not about to read more.
-_QUIET_SECONDS = 1.0
 # Spans asked for at once where all of a layer is wanted.
 _BATCH = 500
 
@@ -149,7 +147,7 @@ class LayerServer:
     def _forget_removed(self) -> None:
         """Layers whose directory is gone need nothing any more."""
         for diff_id, fetcher in list(self._fetchers.items()):
-            if not fetcher.layer.is_in(fetcher.layer.directory):
+            if not fetcher.layer.is_there:
                 log.info("the layer %s was removed", diff_id)
                 if fetcher.layer.whole:
                     self._serving.completed(fetcher)
@@ -162,8 +160,7 @@ class LayerServer:
 
     def _here(self) -> list[Fetcher]:
         """The layers that have not been removed, or made anew, since they were opened."""
-        layers = ((fetcher, fetcher.layer) for fetcher in self._fetchers.values())
-        return [fetcher for fetcher, layer in layers if layer.is_in(layer.directory)]
+        return [fetcher for fetcher in self._fetchers.values() if fetcher.layer.is_there]
 
     def _by_name(self, name: str) -> Fetcher | None:
         return self._fetchers.get(Digest(f"sha256:{name}"))
@@ -191,7 +188,7 @@ class LayerServer:
         directory = self._layers / diff_id.removeprefix("sha256:")
         known = self._fetchers.get(diff_id)
         if known is not None:
-            if known.layer.is_in(directory):
+            if known.layer.is_there:
                 return known
             del self._fetchers[diff_id]
         if not directory.is_dir():
@@ -238,8 +235,7 @@ class LayerServer:
         self._to_enter.append(layer)
         if end := layer.table.prefetch_end:
             await self._prefetch(fetcher, [range(layer.table.span_at(end - 1) + 1)])
-        while (idle := self._slots.idle_for()) < _QUIET_SECONDS:  # noqa: ASYNC110
-            await trio.sleep(_QUIET_SECONDS - idle)
+        await self._slots.quiet()
         await self._enter()
 
     async def _enter(self) -> None:
