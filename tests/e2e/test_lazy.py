@@ -321,7 +321,7 @@ def test_wrong_bytes_reach_nobody(
     with pytest.raises(OSError) as caught:
         path.read_bytes()
     assert caught.value.errno == errno.EIO
-    until(lambda: "hostile" in mount.last_error())
+    until(lambda: "hostile" in mount.read("errors"))
     assert "/layers/0/rootfs/data/large0: read" in mount.last_error()
     front.heal()
     time.sleep(AGAIN_SECONDS)
