@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 class Filling(Protocol):
     """Whoever fetches the contents of lazy layers."""
 
+    def expect(self, diff_id: Digest) -> None:
+        """Bring what a layer wants first, if that is possible. From any thread, at once."""
+
     async def begin(self, diff_id: Digest) -> None:
         """Start to serve and to fill a layer. Raises CtrfsError."""
 
@@ -101,11 +104,13 @@ def pull_lazily(
     diff_id: Digest,
     store: Store,
     indexes: LayerIndexes,
+    filling: Filling,
 ) -> Layer:
     """Make an incomplete layer. Blocks while a few requests are answered.
 
     Args:
         origin: where others find the same source again (``Image.source``).
+        filling: is told of the layer before it is made.
 
     Raises:
         NotLazy: the layer, or where it comes from, does not allow it; the sentence says why.
@@ -129,4 +134,4 @@ def pull_lazily(
             raise NotLazy("it has no table of contents, and there is no index of it")
         layout, vouched = found
     record = LazyRecord(descriptor, (origin,), vouched)
-    return store.layers.add_lazy(diff_id, layout, record, known)
+    return store.layers.add_lazy(diff_id, layout, record, known, lambda: filling.expect(diff_id))

@@ -275,7 +275,7 @@ class Pulls:
         async with blob, unpacked, self._slots:
             not_lazy = ""
             if part.lazily and not self._store.cas.contains(layer.content):
-                not_lazy = await self._layer_lazily(part, layer, diff_id, state)
+                not_lazy = await self._layer_lazily(part, part.lazily, layer, diff_id, state)
                 if not not_lazy:
                     return
             await self._layer_in_full(part, layer, diff_id, state, not_lazy)
@@ -283,6 +283,7 @@ class Pulls:
     async def _layer_lazily(
         self,
         part: "_Part",
+        filling: Filling,
         layer: Descriptor,
         diff_id: Digest,
         state: LayerProgress,
@@ -294,7 +295,13 @@ class Pulls:
             try:
                 await ask(
                     lambda: pull_lazily(
-                        part.source, part.origin, layer, diff_id, self._store, part.indexes
+                        part.source,
+                        part.origin,
+                        layer,
+                        diff_id,
+                        self._store,
+                        part.indexes,
+                        filling,
                     )
                 )
             except NotLazy as error:

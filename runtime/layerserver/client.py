@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.01
 _END_SECONDS = 5.0
+_HINT_SECONDS = 1.0
 
 # Its buffers of some megabytes come and go in many threads. Without these glibc keeps them, and
 # an arena for each thread: 75 MB resident instead of 50 after reading a whole image.
@@ -99,6 +100,12 @@ class LayerClient:
         if not answer.served:
             await self._hold()  # whoever mounts it hands that on to a monitor
         return answer
+
+    def expect(self, diff_id: Digest) -> None:
+        """Have what a layer wants first brought (``store.lazy_pull.Filling``)."""
+        with suppress(OSError), protocol.connect(self._run) as connection:
+            connection.settimeout(_HINT_SECONDS)
+            connection.sendall(protocol.encode(Open(diff_id)))
 
     async def begin(self, diff_id: Digest) -> None:
         """Start to serve and to fill a layer (``store.lazy_pull.Filling``)."""

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import trio
 from runtime.layerserver.client import LayerServerFailed
 from runtime.layerserver.protocol import PID_FILE, Device
 from runtime.rootfs import Rootfs
-from store import indexing
+from store import indexing, layers
 from store.cas import Digest
+from store.errors import InvalidLayer
 from store.images import Image
 from store.index import Entry
 from store.index_artifact import push_indexes
@@ -462,9 +464,54 @@ async def test_an_image_that_claims_the_content_of_another(
             detach(site.run)
     # The kernel lets go of a device a moment after its mount is gone.
     with trio.fail_after(10):
+        await site.client.end()
         while (site.run / PID_FILE).exists():
-            await site.client.end()
             await trio.sleep(0.02)
+            await site.client.end()
+
+
+@pytest.mark.parametrize("method", ["fuse", "fanotify"])
+@pytest.mark.parametrize("good", [True, False])
+async def test_what_is_wanted_first_comes_while_the_layer_is_made(
+    tmp_path: Path,
+    front: Proxy,
+    registry: Registry,
+    layout: OciLayout,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Method,
+    good: bool,
+) -> None:
+    first = tars.entry(b"first", data=noise(1, 100_000))
+    rest = tars.entry(b"rest" if good else b"first/rest", data=noise(2, 100_000))
+    blob = lazy.estargz(tars.archive(first, lazy.PREFETCH, rest))
+    pushed = push_blobs(registry, layout, name, [(blob.data, blob.layer, blob.diff_id)])
+    site = Site(tmp_path, method)
+    make, directory = layers.build_tree, site.root / "layers" / blob.diff_id.removeprefix("sha256:")
+
+    def make_late(*arguments: Any) -> Any:
+        # Footer, table, and what comes before the landmark.
+        deadline = time.monotonic() + 10
+        while len(front.paths(f"/blobs/{blob.layer.digest}")) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return make(*arguments)
+
+    monkeypatch.setattr(layers, "build_tree", make_late)
+    async with site.opened():
+        if good:
+            image = await site.pull(f"{front.host}/{pushed}")
+            assert site.store.incomplete(image) == (blob.diff_id,)
+        else:
+            with pytest.raises(InvalidLayer, match="leads through"):
+                await site.pull(f"{front.host}/{pushed}")
+            assert not directory.exists()
+            with trio.fail_after(5):
+                while True:
+                    if not (await site.client.status()).layers:
+                        break
+                    await trio.sleep(0.02)
+        assert len(front.paths(f"/blobs/{blob.layer.digest}")) == 3
 
 
 async def test_the_same_layer_from_two_registries_is_one(

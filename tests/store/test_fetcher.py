@@ -4,7 +4,8 @@ import itertools
 import os
 import random
 import re
-from collections.abc import AsyncIterator
+import stat
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,9 @@ import trio
 from store import lazy
 from store.cas import Cas, Digest
 from store.config import LazyConfig, StoreConfig
-from store.errors import DigestMismatch, NotLazy, RegistryTimeout, StoreError
+from store.errors import DigestMismatch, InvalidLayer, NotLazy, RegistryTimeout, StoreError
 from store.fetcher import AGAIN_SECONDS, Fetcher, Slots
+from store.index import Entry
 from store.layers import Layer, Layers
 from store.lazy import LazyLayer, LazyRecord
 from store.lender import Lender
@@ -29,7 +31,7 @@ from tests.support import proxy as faults
 from tests.support.layouts import GZIP, OciLayout, sha256
 from tests.support.proxy import Exchange, Proxy
 from tests.support.registry import Registry
-from tests.support.spans import CHUNK, HandMade, take_all, with_other_times
+from tests.support.spans import CHUNK, HandMade, nobody_fills, take_all, with_other_times
 
 QUICK = LazyConfig(read_seconds=1.5)
 
@@ -64,10 +66,14 @@ class Place:
         self.layers = Layers(self.root / "layers")
         self.cas = Cas(self.root)
 
-    def add(self, known: list[tuple[int, bytes]] | None = None) -> Layer:
+    def add(
+        self,
+        known: Sequence[tuple[int, bytes]] = (),
+        fillable: Callable[[], None] = nobody_fills,
+    ) -> Layer:
         """Make the incomplete layer."""
         record = LazyRecord(self.descriptor, (f"docker://{self.reference}",))
-        return self.layers.add_lazy(Digest(self.made.diff_id), self.made, record, known or [])
+        return self.layers.add_lazy(Digest(self.made.diff_id), self.made, record, known, fillable)
 
     def open_directory(self) -> Path:
         """Where the layer is."""
@@ -407,7 +413,7 @@ async def test_what_was_borrowed_wrongly_comes_from_the_registry(place: Place) -
     odd.diff_id = sha256(b"another")
     descriptor = Descriptor(GZIP, sha256(odd.blob), len(odd.blob))
     record = LazyRecord(descriptor, ("docker://nowhere.example/x:1",))
-    added = place.layers.add_lazy(Digest(odd.diff_id), odd, record, [])
+    added = place.layers.add_lazy(Digest(odd.diff_id), odd, record, [], nobody_fills)
     lender = LazyLayer(added.directory, added.diff_id)
     take_all(lender, odd.blob)
     lender.finish(place.cas)
@@ -432,6 +438,42 @@ def test_parts_known_from_the_start_are_kept(place: Place) -> None:
     assert layer.has(layer.table.spans - 1)
     assert lazy.fetched(layer.directory) == layer.fetched
     layer.close()
+
+
+def test_a_layer_is_filled_while_it_is_made(place: Place) -> None:
+    diff_id = Digest(place.made.diff_id)
+
+    def fill() -> None:
+        assert place.layers.get(diff_id) is None
+        layer = LazyLayer(place.root / "layers" / diff_id.removeprefix("sha256:"), diff_id)
+        take_all(layer, place.made.blob)
+        layer.close()
+
+    added = place.add(fillable=fill)
+    assert place.layers.present(diff_id) == added
+    layer = place.open()
+    assert layer.whole and added.data and added.data.read_bytes() == place.made.data
+    layer.close()
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_layer_whose_making_fails_leaves_nothing(place: Place, early: bool) -> None:
+    entries = [Entry(b"f", stat.S_IFREG | 0o644), Entry(b"f/g", stat.S_IFREG | 0o644)]
+    begun = []
+
+    def fill() -> None:
+        begun.append(list((place.root / "layers").glob("*/data")))
+        if early:
+            raise KeyboardInterrupt
+
+    if not early:
+        place.made.entries = entries
+    with pytest.raises(KeyboardInterrupt if early else InvalidLayer):
+        place.add(fillable=fill)
+    assert len(begun[0]) == 1
+    assert sorted(os.listdir(place.root / "layers")) == ["chains", "tmp"]
+    assert os.listdir(place.root / "layers/tmp") == []
+    assert place.layers.get(Digest(place.made.diff_id)) is None
 
 
 def test_a_registry_that_sends_whole_blobs_is_not_lazy(place: Place, proxy: Proxy) -> None:

@@ -14,7 +14,7 @@ from store.lazy import LazyLayer, LazyRecord
 from store.lender import Lender
 from store.manifest import Descriptor
 from tests.support.layouts import GZIP, sha256
-from tests.support.spans import CHUNK, HandMade, take_all, with_other_times
+from tests.support.spans import CHUNK, HandMade, nobody_fills, take_all, with_other_times
 
 SHARED = {name: random.Random(name).randbytes(2 * CHUNK + 100) for name in "xyz"}
 
@@ -34,7 +34,7 @@ class Place:
         """An incomplete layer that is entered to lend what it will have."""
         descriptor = Descriptor(GZIP, sha256(made.blob), len(made.blob))
         record = LazyRecord(descriptor, ("docker://nowhere.example/x:1",))
-        found = self.layers.add_lazy(Digest(made.diff_id), made, record, [])
+        found = self.layers.add_lazy(Digest(made.diff_id), made, record, [], nobody_fills)
         layer = LazyLayer(found.directory, found.diff_id)
         self.opened[found.directory.name] = layer
         self.lender.add(layer)

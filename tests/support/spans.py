@@ -15,6 +15,10 @@ from tests.support.layouts import sha256
 CHUNK = 64 << 10
 
 
+def nobody_fills() -> None:
+    """For ``Layers.add_lazy``, where a test fetches what it needs itself."""
+
+
 @dataclass
 class HandMade:
     """A gzip layer whose chunks are members of their own, and what a table would say of it.
