@@ -37,6 +37,9 @@ WRITERS: dict[Format, Callable[[], FormatWriter]] = {
 _STALE = ("io.github.containers.zstd-chunked.", "io.containers.zstd-chunked.")
 _STALE_NAMES = (DIGEST_ANNOTATION, SIZE_ANNOTATION)
 
+# Whatever a container does, its runtime looks there first for who it runs as.
+_READ_FIRST = (b"etc/passwd", b"etc/group")
+
 _DOCKER_LAYER = "application/vnd.docker.image.rootfs."
 _OCI_LAYER = "application/vnd.oci.image.layer."
 
@@ -68,7 +71,8 @@ def convert(
 
     Args:
         target: entered already.
-        trace: paths of files that go first, as a container sees them, in the order of their use.
+        trace: paths of files that go first, after what runtimes read, as a container sees them, in
+            the order of their use.
         platform: which image of an index.
         what: the source's name for error messages.
 
@@ -77,15 +81,15 @@ def convert(
     """
     found = find(source, platform, what, config.layers.layer_bytes)
     conversion = _Conversion(source, target, writer, config, watcher)
-    missing = dict.fromkeys(filter(None, map(clean_path, trace)))
+    missing = dict.fromkeys((*_READ_FIRST, *filter(None, map(clean_path, trace))))
     layers: list[WrittenLayer] = []
     count = len(found.manifest.layers)
     # From the top, since a file of the trace is the one in the highest layer that has it.
     for i in reversed(range(count)):
         layer, diff_id = found.manifest.layers[i], found.config.diff_ids[i]
         layers.append(conversion.layer(layer, diff_id, missing, f"layer {i + 1} of {count}"))
-    if missing:
-        watcher.note(f"files of the trace that the image does not have: {len(missing)}")
+    if strange := missing.keys() - set(_READ_FIRST):
+        watcher.note(f"files of the trace that the image does not have: {len(strange)}")
     return conversion.documents(found, layers[::-1])
 
 

@@ -217,6 +217,20 @@ def test_files_of_a_trace_come_first_in_the_layer_that_shows_them(
     assert notes.notes == ["files of the trace that the image does not have: 1"]
 
 
+def test_where_runtimes_look_for_users_comes_first_without_being_asked_for(
+    layout: OciLayout, run: Run, result: Path, config: StoreConfig, notes: Notes
+) -> None:
+    users = archive(entry(b"bin/sh"), entry(b"etc/passwd", data=b"root"), entry(b"usr"))
+    layout.tag("v1", layout.image(users))
+    new = run(of(layout, config), to(result))
+    (layer,) = document(result, new.digest)["layers"]
+    listed = subprocess.run(
+        ["tar", "tzf", blob(result, layer["digest"])], check=True, capture_output=True
+    )
+    assert listed.stdout.split()[:3] == [b"etc/passwd", b".prefetch.landmark", b"bin/sh"]
+    assert notes.notes == []
+
+
 def test_a_layer_that_cannot_be_described_is_kept(
     layout: OciLayout, run: Run, result: Path, config: StoreConfig, notes: Notes
 ) -> None:
