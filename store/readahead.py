@@ -58,7 +58,8 @@ class ReadAhead:
                 if end <= stream.trigger:
                     return range(0)
                 return self._extend(stream, max(end, stream.end))
-        self._streams.append(_Stream(start, end, end, FIRST_BYTES))
+        if not all(map(self._has, range(first, last + 1))):
+            self._streams.append(_Stream(start, end, end, FIRST_BYTES))
         return range(0)
 
     def _extend(self, stream: _Stream, start: int) -> range:

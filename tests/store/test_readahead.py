@@ -118,3 +118,13 @@ def test_reading_what_is_here_makes_requests_no_longer(table: SpanTable) -> None
     for number in range(here):
         for found in ahead.advance(number, number):
             assert found <= here + max(2, 6 * FIRST_BYTES // size_of(table))
+
+
+def test_reading_what_is_here_leads_to_nothing_until_something_is_missing(
+    table: SpanTable,
+) -> None:
+    here = table.spans // 2
+    ahead = ReadAhead(table, lambda number: number < here)
+    assert not any(ahead.advance(number, number) for number in range(here))
+    assert not ahead.advance(here, here)  # may be a file of its own
+    assert ahead.advance(here + 1, here + 1)
