@@ -129,11 +129,15 @@ class SpanWriter:
         Raises:
             InvalidLayer: as ``add``.
         """
-        self._begin(start, end)
-        first = self._piece_count
-        self._add_piece(size, target, size - inner, inner, digest)
+        usual = self._end == start < end <= self._blob_size and inner < size
+        if not usual or target < self._target:
+            self.add(Span(start, end, size), [Piece(target, size - inner, inner, digest)])
+            return
+        number, first = self._span_count, self._piece_count
+        self._pieces += _PIECE.pack(target, size - inner, inner, number, digest)
         self._spans += _SPAN.pack(start, end, size, first, 1, len(self._windows), 0, 0, 0, _NONE)
-        self._span_count += 1
+        self._target = target + size - inner
+        self._span_count, self._piece_count = number + 1, first + 1
         self._end = end
 
     def _begin(self, start: int, end: int) -> None:
