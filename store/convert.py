@@ -17,6 +17,7 @@ from store.estargz_writer import SIZE_ANNOTATION, EStargz
 from store.lazy_format import Format, FormatWriter
 from store.lazy_writer import WrittenLayer, write_layer
 from store.manifest import OCI_CONFIG, OCI_MANIFEST, Descriptor
+from store.opened import LOOKED_UP
 from store.platform import Platform
 from store.receive import received
 from store.resolve import Found, find
@@ -36,9 +37,6 @@ WRITERS: dict[Format, Callable[[], FormatWriter]] = {
 # What layers say about a table of contents; those of the source no longer apply.
 _STALE = ("io.github.containers.zstd-chunked.", "io.containers.zstd-chunked.")
 _STALE_NAMES = (DIGEST_ANNOTATION, SIZE_ANNOTATION)
-
-# Whatever a container does, its runtime looks there first for who it runs as.
-_READ_FIRST = (b"etc/passwd", b"etc/group")
 
 _DOCKER_LAYER = "application/vnd.docker.image.rootfs."
 _OCI_LAYER = "application/vnd.oci.image.layer."
@@ -81,14 +79,15 @@ def convert(
     """
     found = find(source, platform, what, config.layers.layer_bytes)
     conversion = _Conversion(source, target, writer, config, watcher)
-    missing = dict.fromkeys((*_READ_FIRST, *filter(None, map(clean_path, trace))))
+    looked_up = {path.lstrip("/").encode(): None for path in LOOKED_UP}
+    missing = looked_up | dict.fromkeys(filter(None, map(clean_path, trace)))
     layers: list[WrittenLayer] = []
     count = len(found.manifest.layers)
     # From the top, since a file of the trace is the one in the highest layer that has it.
     for i in reversed(range(count)):
         layer, diff_id = found.manifest.layers[i], found.config.diff_ids[i]
         layers.append(conversion.layer(layer, diff_id, missing, f"layer {i + 1} of {count}"))
-    if strange := missing.keys() - set(_READ_FIRST):
+    if strange := missing.keys() - looked_up:
         watcher.note(f"files of the trace that the image does not have: {len(strange)}")
     return conversion.documents(found, layers[::-1])
 

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from store.cas import Digest
 from store.db import Database
 
+# What runtimes open of every image, whatever its containers do: to look their user up.
+LOOKED_UP = ("/etc/passwd", "/etc/group")
+
 
 class Opened:
     """The records. Safe to use from several threads; methods block shortly."""

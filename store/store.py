@@ -17,7 +17,7 @@ from store.indexes import Indexes
 from store.layers import Layer, LayerImage, Layers
 from store.lazy import fetched, set_wanted
 from store.locate import Contents, Ranges
-from store.opened import Opened
+from store.opened import LOOKED_UP, Opened
 
 
 class Store:
@@ -138,7 +138,7 @@ class Store:
             return {}
         contents = self._contents(image)
         wanted: Ranges = {}
-        for path in paths:
+        for path in (*LOOKED_UP, *paths):
             with suppress(ImageNotFound):  # the container made it itself
                 for diff_id, ranges in contents.ranges(path).items():
                     wanted.setdefault(diff_id, []).extend(ranges)
