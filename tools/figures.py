@@ -113,6 +113,8 @@ def again(comparison: Comparison, case: Case) -> None:
             sides.append((stack.enter_context(plain), others))
         for tree, _ in sides:
             _in_tree(tree, READ_ALL)
+        if comparison.ours:
+            ctrfs.wait_filled()  # checking all of it takes a processor for some seconds
         for what, command, cold, limit in (
             ("read every file again, warm", READ_ALL, False, 1.0),
             ("find, warm", FIND, False, 1.0),
