@@ -15,6 +15,7 @@ import msgspec
 
 from runtime.errors import InvalidSetting
 from runtime.signals import parse_signal, signal_name
+from runtime.users import MAX_ID
 from runtime.volumes import Volume, format_volumes, parse_volumes
 from store.manifest import ContainerConfig, ImageConfig
 
@@ -194,6 +195,9 @@ def _parse_user(text: str) -> str:
     value = _word(text, "a user")
     if not re.fullmatch(r"[^:\s]{1,256}(:[^:\s]{1,256})?", value):
         raise InvalidSetting(f"{value[:40]!r} is not USER or USER:GROUP, each a name or a number")
+    for part in value.split(":"):
+        if part.isascii() and part.isdigit() and int(part) > MAX_ID:
+            raise InvalidSetting(f"{part[:40]} is larger than any user or group has: {MAX_ID}")
     return value
 
 

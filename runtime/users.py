@@ -19,7 +19,7 @@ from runtime.errors import InvalidSetting
 # A passwd file with 100,000 users has 6 MB.
 _MAX_BYTES = 16 << 20
 # Linux ends at 2^32 - 2, but tools that store ids in signed integers do not get there.
-_MAX_ID = (1 << 31) - 1
+MAX_ID = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def _group(root: Path, name: str) -> int:
 
 
 def _number(text: str) -> int | None:
-    if text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _MAX_ID:
+    if text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= MAX_ID:
         return int(text)
     return None
 

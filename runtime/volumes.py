@@ -64,15 +64,25 @@ class Volume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _check_target(target: str) -> None:
-    if not target.startswith("/") or "\0" in target or len(target.encode()) > _MAX_PATH:
-        raise InvalidSetting(f"the place {target[:80]!r} in the container is not an absolute path")
+    if not _is_path(target):
+        raise InvalidSetting(
+            f"the place {target[:80]!r} in the container is not an absolute path of at most"
+            f" {_MAX_PATH} bytes without a zero byte"
+        )
     if ".." in target.split("/") or posixpath.normpath(target).strip("/") in ("", ".", "proc"):
         raise InvalidSetting(f"nothing can be mounted at {target[:80]!r} in the container")
 
 
+def _is_path(text: str) -> bool:
+    return text.startswith("/") and "\0" not in text and len(text.encode()) <= _MAX_PATH
+
+
 def _check_bind(source: str, options: tuple[str, ...]) -> None:
-    if not source.startswith("/") or "\0" in source or len(source.encode()) > _MAX_PATH:
-        raise InvalidSetting(f"the source {source[:80]!r} of a bind mount is not an absolute path")
+    if not _is_path(source):
+        raise InvalidSetting(
+            f"the source {source[:80]!r} of a bind mount is not an absolute path of at most"
+            f" {_MAX_PATH} bytes without a zero byte"
+        )
     for option in options:
         if option not in _FLAGS | _PROPAGATION | _BIND:
             raise InvalidSetting(f"{option[:40]!r} is not an option of a bind mount")

@@ -6,11 +6,10 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from store.errors import CtrfsError
-from tools import instance, mountpoint, serving
+from tools import instance, mountpoint
 from tools.instance import CommandFailed
 from tools.options import DEFAULT_ROOT, Options
 
@@ -127,6 +126,9 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 
 def _mount(arguments: argparse.Namespace) -> int:
+    # Imported here because the other commands need none of it.
+    from tools import serving
+
     _require_root()
     options = Options.make(arguments.root, arguments.mountpoint, arguments.config)
     serve = serving.foreground if arguments.foreground else serving.background
@@ -206,6 +208,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _version(_: argparse.Namespace) -> int:
+    from importlib.metadata import version  # as long in coming as the rest together
+
     print(f"ctrfs {version('ctrfs')}")
     return 0
 

@@ -88,6 +88,8 @@ def test_what_is_written_reads_back(name: str, text: str, value: str) -> None:
         ("user", "a b"),
         ("user", "a:b:c"),
         ("user", ":group"),
+        ("user", "2147483648"),
+        ("user", "0:4294967295"),
         ("hostname", "-x"),
         ("hostname", "a_b_"),
         ("hostname", "x" * 65),
