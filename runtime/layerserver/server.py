@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -19,6 +18,7 @@ from runtime import fanotify
 from runtime.errors import Unsupported
 from runtime.layerserver import protocol, rundir
 from runtime.layerserver.completion import complete
+from runtime.layerserver.conversations import Conversations
 from runtime.layerserver.fanotify_serving import FanotifyServing
 from runtime.layerserver.fill import Filler
 from runtime.layerserver.fuse import FuseServing
@@ -63,7 +63,6 @@ log = logging.getLogger(__name__)
 
 # A daemon that was killed comes back sooner; else nobody needs this process.
 _GRACE_SECONDS = 10.0
-_MAX_REQUEST = 16 << 20
 # Requests in the time that a reader waits, if all stall.
 _ATTEMPTS = 2
 # Spans asked for at once where all of a layer is wanted.
@@ -94,7 +93,7 @@ class LayerServer:
         self._lender = Lender(self._layers, self._cas, self._lazy_layer)
         self._to_enter: list[LazyLayer] = []
         self._completing = trio.Lock()
-        self._listeners: set[trio.MemorySendChannel[News]] = set()
+        self._talks = Conversations(run, self._answer)
         self._slots = Slots(config.lazy.requests)
         self._filler = Filler(self._here, self._slots, self._finish)
         self._use(config)
@@ -117,10 +116,11 @@ class LayerServer:
                 async with trio.open_nursery() as self._nursery:
                     self._nursery.start_soon(self._end_on_signal)
                     await self._load()
-                    self._lost = [f.layer.diff_id for f in self._serving.unguarded()]
+                    for fetcher in self._serving.unguarded():
+                        self._talks.tell_first(News("lost", fetcher.layer.diff_id))
                     await self._nursery.start(self._serve)
                     self._nursery.start_soon(self._filler.run)
-                    await self._nursery.start(self._serve_requests)
+                    await self._nursery.start(self._talks.serve)
                     await self._until_unneeded()
                     self._nursery.cancel_scope.cancel()
             finally:
@@ -139,7 +139,7 @@ class LayerServer:
     async def _until_unneeded(self) -> None:
         needed = trio.current_time()
         while trio.current_time() - needed < _GRACE_SECONDS:
-            if self._listeners or self._serving.in_use:
+            if self._talks.are_heard or self._serving.in_use:
                 needed = trio.current_time()
             self._forget_removed()
             await trio.sleep(0.1)
@@ -283,67 +283,17 @@ class LayerServer:
             await complete(fetcher, self._cas)
         if layer.complete:
             self._serving.completed(fetcher)
-            self._tell(News("complete", layer.diff_id))
+            self._talks.tell(News("complete", layer.diff_id))
         elif fetcher.refused:
             log.error("the layer %s: %s", layer.diff_id, fetcher.refused)
-            self._tell(News("refused", layer.diff_id, fetcher.refused))
+            self._talks.tell(News("refused", layer.diff_id, fetcher.refused))
 
     def _failed(self, diff_id: Digest, error: StoreError, reading: Reading) -> None:
         kind: protocol.Kind = "attack" if isinstance(error, DigestMismatch) else "failed"
         log.log(logging.ERROR if kind == "attack" else logging.WARNING, "%s", error.sentence)
-        self._tell(News(kind, diff_id, error.sentence, reading.offset, reading.pid))
-
-    def _tell(self, news: News) -> None:
-        for listener in list(self._listeners):
-            with suppress(trio.WouldBlock, trio.BrokenResourceError):
-                listener.send_nowait(news)
+        self._talks.tell(News(kind, diff_id, error.sentence, reading.offset, reading.pid))
 
     # --- requests ----------------------------------------------------------------------
-
-    async def _serve_requests(
-        self, task_status: trio.TaskStatus[list[trio.SocketListener]]
-    ) -> None:
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(rundir.listening(self._run)))
-        await trio.serve_listeners(
-            self._converse, [listener], handler_nursery=self._nursery, task_status=task_status
-        )
-
-    async def _converse(self, stream: trio.SocketStream) -> None:
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            async with stream:
-                line = await _line(stream)
-                if not line:
-                    return
-                try:
-                    request = protocol.decode_request(line)
-                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                    refused = Failure(f"the layer server does not know this: {error}", errno.EINVAL)
-                    await stream.send_all(protocol.encode(refused))
-                    return
-                if isinstance(request, Listen):
-                    await self._send_news(stream)
-                else:
-                    await stream.send_all(protocol.encode(await self._answer(request)))
-
-    async def _send_news(self, stream: trio.SocketStream) -> None:
-        send, receive = trio.open_memory_channel[News](1000)
-        self._listeners.add(send)
-        try:
-            await stream.send_all(protocol.encode(Done()))
-            lost, self._lost = self._lost, []
-            for diff_id in lost:
-                await stream.send_all(protocol.encode(News("lost", diff_id)))
-            async with trio.open_nursery() as nursery:
-
-                async def watch() -> None:
-                    await stream.receive_some(1)  # the listener is gone
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(watch)
-                async for news in receive:
-                    await stream.send_all(protocol.encode(news))
-        finally:
-            self._listeners.discard(send)
 
     async def _answer(self, request: Request) -> Answer:
         try:
@@ -444,14 +394,3 @@ def _patience(config: StoreConfig) -> Patience:
 def _spans(fetcher: Fetcher, ranges: Ranges) -> list[range]:
     found = (fetcher.layer.table.spans_for(offset, length) for offset, length in ranges)
     return [spans for spans in found if spans]
-
-
-async def _line(stream: trio.SocketStream) -> bytes:
-    """One line, or nothing if there is none within bounds."""
-    data = b""
-    while not data.endswith(b"\n"):
-        piece = await stream.receive_some(1 << 16)
-        data += piece
-        if not piece or len(data) > _MAX_REQUEST:
-            return b""
-    return data

@@ -1,0 +1,99 @@
+"""What goes through the layer server's socket: requests with their answers, and news."""
+
+import errno
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import trio
+
+from runtime.layerserver import protocol, rundir
+from runtime.layerserver.protocol import Answer, Done, Failure, Listen, News, Request
+
+_MAX_REQUEST = 16 << 20
+# What a listener that does not read may fall behind, before it misses some.
+_MAX_NEWS = 1000
+
+
+class Conversations:
+    """All connections of one server.
+
+    Args:
+        run: where the socket is.
+        answer: answers a request, which is not ``Listen``.
+    """
+
+    def __init__(self, run: Path, answer: Callable[[Request], Awaitable[Answer]]) -> None:
+        self._run = run
+        self._answer = answer
+        self._listeners: set[trio.MemorySendChannel[News]] = set()
+        self._first: list[News] = []
+
+    @property
+    def are_heard(self) -> bool:
+        """Whether somebody listens to the news."""
+        return bool(self._listeners)
+
+    def tell(self, news: News) -> None:
+        """Send news to all who listen."""
+        for listener in list(self._listeners):
+            with suppress(trio.WouldBlock, trio.BrokenResourceError):
+                listener.send_nowait(news)
+
+    def tell_first(self, news: News) -> None:
+        """Keep news for the next who listens."""
+        self._first.append(news)
+
+    async def serve(self, task_status: trio.TaskStatus[list[trio.SocketListener]]) -> None:
+        """Take connections until cancelled."""
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(rundir.listening(self._run)))
+        await trio.serve_listeners(self._converse, [listener], task_status=task_status)
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async with stream:
+                line = await _line(stream)
+                if not line:
+                    return
+                try:
+                    request = protocol.decode_request(line)
+                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                    refused = Failure(f"the layer server does not know this: {error}", errno.EINVAL)
+                    await stream.send_all(protocol.encode(refused))
+                    return
+                if isinstance(request, Listen):
+                    await self._send_news(stream)
+                else:
+                    await stream.send_all(protocol.encode(await self._answer(request)))
+
+    async def _send_news(self, stream: trio.SocketStream) -> None:
+        send, receive = trio.open_memory_channel[News](_MAX_NEWS)
+        self._listeners.add(send)
+        try:
+            await stream.send_all(protocol.encode(Done()))
+            first, self._first = self._first, []
+            for news in first:
+                await stream.send_all(protocol.encode(news))
+            async with trio.open_nursery() as nursery:
+
+                async def watch() -> None:
+                    await stream.receive_some(1)  # the listener is gone
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(watch)
+                async for news in receive:
+                    await stream.send_all(protocol.encode(news))
+        finally:
+            self._listeners.discard(send)
+
+
+async def _line(stream: trio.SocketStream) -> bytes:
+    """One line, or nothing if there is none within bounds."""
+    data = b""
+    while not data.endswith(b"\n"):
+        piece = await stream.receive_some(1 << 16)
+        data += piece
+        if not piece or len(data) > _MAX_REQUEST:
+            return b""
+    return data
