@@ -128,7 +128,8 @@ def read_record(directory: Path) -> LazyRecord:
 def prepare(
     directory: Path, record: LazyRecord, data_size: int, known: Sequence[tuple[int, bytes]]
 ) -> None:
-    """Make the files of an incomplete layer, whose ``spans`` are written already.
+    """Make the files of an incomplete layer, whose ``spans`` are written already. As yet no image
+    has it.
 
     Args:
         data_size: of the data file, in bytes.
@@ -153,6 +154,7 @@ def prepare(
     finally:
         table.close()
     (directory / _PRESENT).write_bytes(_HEAD.pack(MAGIC, _boot_id(), total) + present)
+    set_wanted(directory, wanted=False)
 
 
 def _covered(span: tuple[int, int], known: Sequence[tuple[int, bytes]]) -> bool:

@@ -24,10 +24,11 @@ class Filling(Protocol):
     """Whoever fetches the contents of lazy layers."""
 
     def expect(self, diff_id: Digest) -> None:
-        """Bring what a layer wants first, if that is possible. From any thread, at once."""
+        """There is, or will be, something to fetch of a layer. From any thread, at once, and
+        without a word if it fails."""
 
     async def begin(self, diff_id: Digest) -> None:
-        """Start to serve and to fill a layer. Raises CtrfsError."""
+        """Start to serve a layer. Raises CtrfsError."""
 
     async def prefetch(self, diff_id: Digest, ranges: Sequence[tuple[int, int]]) -> None:
         """Bring ranges of a layer's data file soon. Raises CtrfsError."""

@@ -200,12 +200,19 @@ class Pulls:
             await self._all_layers(part, wanted, states)
             await self._make_mountable(image)
             if lazily:
-                await self._fill(lazily, image)
+                await self._serve(lazily, image)
             image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
             await to_end(lambda: self._store.images.put(image))
-            await to_end(self._store.note_wanted)
+            await to_end(partial(self._have_filled, image, lazily))
         self._have_indexed(wanted)
         return image
+
+    def _have_filled(self, image: Image, filling: Filling | None) -> None:
+        """The rest of lazy layers may come as well, now that there is an image that has them."""
+        self._store.note_wanted()
+        if filling is not None:
+            for diff_id in self._store.incomplete(image):
+                filling.expect(diff_id)
 
     def _have_indexed(self, layers: Sequence[tuple[Descriptor, Digest]]) -> None:
         """Ordinary layers that were pulled in full can be lazy the next time."""
@@ -224,8 +231,8 @@ class Pulls:
                 await self._complete(Digest(diff_id))
             await trio.to_thread.run_sync(self._store.rootfs_layers, image)
 
-    async def _fill(self, filling: Filling, image: Image) -> None:
-        """Have the contents of lazy layers fetched, now that nothing speaks against the image."""
+    async def _serve(self, filling: Filling, image: Image) -> None:
+        """Have lazy layers served, and what is wanted first of them fetched."""
         incomplete = await trio.to_thread.run_sync(self._store.incomplete, image)
         for diff_id in incomplete:
             await filling.begin(diff_id)

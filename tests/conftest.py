@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,7 +21,9 @@ OURS = ("store", "runtime", "fs", "tools")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare our markers."""
+    """Declare our markers, and let all processes of the tests be interrupted."""
+    # A shell has what it starts in the background ignore SIGINT, and their children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "logs(pattern): the test expects this in a warning")
     config.addinivalue_line("markers", "fill: the test has lazy layers fill by themselves")
 

@@ -102,13 +102,13 @@ class LayerClient:
         return answer
 
     def expect(self, diff_id: Digest) -> None:
-        """Have what a layer wants first brought (``store.lazy_pull.Filling``)."""
+        """Let the server look at a layer (``store.lazy_pull.Filling``)."""
         with suppress(OSError), protocol.connect(self._run) as connection:
             connection.settimeout(_HINT_SECONDS)
             connection.sendall(protocol.encode(Open(diff_id)))
 
     async def begin(self, diff_id: Digest) -> None:
-        """Start to serve and to fill a layer (``store.lazy_pull.Filling``)."""
+        """Start to serve a layer (``store.lazy_pull.Filling``)."""
         await self._ask(Open(diff_id))
 
     async def complete(self, diff_id: Digest) -> None:

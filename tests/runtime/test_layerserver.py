@@ -37,13 +37,15 @@ from runtime.rootfs import mount_file
 from store import lazy as lazy_layer
 from store.cas import Digest
 from store.config import StoreConfig
+from store.errors import RegistryError
 from store.images import Image
 from store.layers import LayerImage
 from store.lazy import LazyLayer
+from store.manifest import Descriptor
 from tests.runtime.site import Method, Site, push_blobs, until
 from tests.support import lazy
 from tests.support import proxy as faults
-from tests.support.layouts import OciLayout, tar_of
+from tests.support.layouts import GZIP, OciLayout, compress, sha256, tar_of
 from tests.support.mounting import mounted as mounted_at
 from tests.support.proxy import Exchange, Proxy
 from tests.support.registry import Registry
@@ -297,6 +299,29 @@ async def test_what_nobody_wants_any_more_is_not_filled(
         again = await site.pull(image.name)
         assert again.diff_ids == image.diff_ids
         await until(lambda: bytes_asked(front) > before)
+
+
+async def test_what_no_image_has_yet_is_not_filled(
+    tmp_path: Path, front: Proxy, registry: Registry
+) -> None:
+    layout = OciLayout(tmp_path / "oci")
+    ordinary = tar_of({"ordinary": b"x" * 10_000})
+    blob, digest = compress(ordinary, GZIP), sha256(ordinary)
+    layer = Descriptor(GZIP, sha256(blob), len(blob))
+    layers = [(BLOB.data, BLOB.layer, DIFF_ID), (blob, layer, digest)]
+    pushed = push_blobs(registry, layout, "no-image-yet", layers)
+    front.on(f"/blobs/{layer.digest}", faults.cut_after(0))
+    site = Site(tmp_path, "fanotify", fill=True)
+    async with site.opened():
+        with pytest.raises(RegistryError):
+            await site.pull(f"{front.host}/{pushed}")
+        before = bytes_asked(front)
+        await trio.sleep(2.5)
+        assert fetched(site) < BLOB.layer.size
+        assert bytes_asked(front) == before
+        front.heal()
+        await site.pull(f"{front.host}/{pushed}")
+        await site.told("complete")
 
 
 async def test_filling_leaves_some_room(
