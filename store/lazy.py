@@ -440,6 +440,7 @@ def settle(directory: Path, cas: Cas) -> bool:
 
 
 def _mark_complete(directory: Path) -> None:
+    set_wanted(directory, wanted=True)  # nothing is left to be held back
     (directory / _PRESENT).unlink(missing_ok=True)
     sync_directory(directory)
 
