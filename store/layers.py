@@ -274,6 +274,7 @@ class Layers:
                 ranges = [(offset, len(piece)) for offset, piece in known]
                 layout.spans.write(file, layout.data_size, ranges)
             lazy.prepare(workspace, record, layout.data_size, known)
+            _sync_files(workspace)
             directory = self._directory / _hex(diff_id)
             with self._lock:
                 if directory.exists():  # damaged
@@ -285,18 +286,15 @@ class Layers:
             except BaseException:
                 self._delete(directory)
                 raise
-        return self._layers[diff_id]
+            return self._layers[diff_id]
 
     def _complete_description(self, directory: Path, diff_id: Digest, layout: LazyLayout) -> None:
         """Add what is missing of a layer that is filled already. Until it has its record, it is
         not a layer."""
-        for name in ("data", "blob"):
-            _sync(directory / name)  # at once: there will be more to write
         tree, needs_lower = build_tree(layout.entries, self._limits.layer_entries)
         record = _describe(directory, diff_id, tree, layout.data_size, needs_lower)
         record = msgspec.structs.replace(record, lazy=layout.format)
-        for name in ("index", "spans", "lazy.json", "present", "meta.erofs"):
-            _sync(directory / name)
+        _sync(directory / "meta.erofs")
         temporary = directory / "layer.json.tmp"
         temporary.write_bytes(msgspec.json.encode(record))
         _sync(temporary)
@@ -455,9 +453,7 @@ class Layers:
 
     def _publish(self, workspace: Path, target: Path) -> None:
         """Give a finished directory its name, durably, unless another thread was faster."""
-        for path in workspace.iterdir():
-            _sync(path)
-        sync_directory(workspace)
+        _sync_files(workspace)
         with self._lock:
             if target.exists():
                 if not self._is_damaged(target):
@@ -662,6 +658,12 @@ def _hash(text: str) -> str:
 
 def _hex(diff_id: str) -> str:
     return diff_id.removeprefix("sha256:")
+
+
+def _sync_files(directory: Path) -> None:
+    for path in directory.iterdir():
+        _sync(path)
+    sync_directory(directory)
 
 
 def _sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from store.spans import Piece, Span, SpanWriter
 from store.tar_entry import REBUILD
 from store.tar_names import shown
 from store.toc_json import Item, RawToc
-from store.unpack import ALIGNMENT, LayerLimits, check_content, check_size, content_max
+from store.unpack import LayerLimits, aligned, check_content, check_size
 
 # What one span may inflate to: whoever reads a byte of it holds all of it in memory, and waits
 # for all of it. eStargz has 4 MiB unless told otherwise, zstd:chunked less.
@@ -41,8 +41,7 @@ class Layout:
         self._blob_size = blob_size
         self._limits = limits
         self._writer = SpanWriter(toc.codec, blob_size)
-        self._data_end = 0  # where the next content goes
-        self._most = content_max(limits)
+        self._data_end = 0
         self._total = 0  # what comes out of all spans
         # The file whose chunks come now, its place, and how many of its bytes they have.
         self._name = ""
@@ -76,11 +75,9 @@ class Layout:
         self._size = entry.size
         self._wanted = wanted
         if wanted:
-            self._target = entry.offset = self._data_end
-            end = self._data_end + entry.size
-            self._data_end = end + -end % ALIGNMENT
-            if end > self._most:
-                check_content(entry, self._limits)
+            self._target = entry.offset = aligned(self._data_end)
+            self._data_end = entry.offset + entry.size
+            check_content(entry, self._limits)
         self._take(item)
         return item.offset
 
@@ -99,7 +96,7 @@ class Layout:
             raise self._uneven()
         self._end_span(self._end)
         check_size(self._total, self._blob_size, self._limits)
-        return self._writer, self._data_end
+        return self._writer, aligned(self._data_end)
 
     def _take(self, item: Item) -> None:
         done = self._done
@@ -150,9 +147,7 @@ class Layout:
             )
         if self._pieces:
             size = self._span_size
-            end = next_start
-            if end - start > size:
-                end = min(end, start + _compressed_max(size))
+            end = min(next_start, start + _compressed_max(size))
             if len(self._pieces) == 1:
                 target, _, inner, digest = self._pieces[0]
                 self._writer.add_content(start, end, size, target, inner, digest)

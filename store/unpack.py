@@ -150,14 +150,9 @@ def attributes_size(entry: Entry) -> int:
     return sum(len(name) + len(value) for name, value in (entry.xattrs or {}).items())
 
 
-def content_max(limits: LayerLimits) -> int:
-    """Where in the data file contents end at the latest."""
-    return min(limits.layer_bytes, _DATA_MAX)
-
-
 def check_content(entry: Entry, limits: LayerLimits) -> None:
     """Raises LimitExceeded: with the entry's content the data file is too large."""
-    if entry.offset + entry.size > content_max(limits):
+    if entry.offset + entry.size > min(limits.layer_bytes, _DATA_MAX):
         raise LimitExceeded(
             f"{shown(entry.path)} in the layer has {entry.size} bytes, with which the layer's "
             f"files have more than {limits.layer_bytes}; raise layer_bytes in the "
