@@ -31,10 +31,8 @@ from runtime.errors import (
     InvalidSetting,
     RuntimeFailure,
     StartFailed,
-    StdinClosed,
 )
 from runtime.log import LogReader
-from runtime.monitor import Attachment
 from runtime.opened import Recording
 from runtime.records import Pinned, Record, Run, State
 from runtime.settings import (
@@ -48,6 +46,7 @@ from runtime.settings import (
     with_text,
 )
 from runtime.signals import parse_signal, signal_name
+from runtime.stdin import Stdin
 from runtime.steps import Ending, Services, Steps
 from store.cas import Digest
 from store.errors import CtrfsError
@@ -88,8 +87,7 @@ class Container:
         self._removed = False
         # A run has ended, and what it left has not been cleared away.
         self._untidy = False
-        self._attachment: Attachment | None = None
-        self._stdin_ended = False
+        self._stdin = Stdin(self._steps.attach_path, background)
         self._recording: Recording | None = None
         self.log: LogReader = self._steps.log
 
@@ -359,7 +357,7 @@ class Container:
                     f"{self.id} cannot be started: {error.strerror}", errno=error.errno
                 ) from error
             raise
-        self._stdin_ended = False
+        self._stdin.reopen()
         if self._ended.is_set():  # else somebody waits already, for this very run
             self._ended = trio.Event()
         self._background.start_soon(self._watch, run)
@@ -613,9 +611,7 @@ class Container:
         self._assign(**self._ended_by(ending))
         self._untidy = True
         self._ended.set()
-        if self._attachment is not None:
-            self._attachment.close()
-            self._attachment = None
+        self._stdin.close()
         self._emit(
             "exit", exit_code=ending.code, **({"error": ending.error} if ending.error else {})
         )
@@ -668,29 +664,12 @@ class Container:
             raise InvalidSetting(
                 f"{self.id} has no standard input; set `stdin` to open or once before the start"
             )
-        if self._stdin_ended:
-            raise StdinClosed(f"standard input of {self.id} was closed by its first writer")
-        try:
-            if self._attachment is None:
-                await self._attach()
-            assert self._attachment is not None
-            await self._attachment.send(data)
-        except OSError as error:
-            raise StdinClosed(f"{self.id} takes no input any more: {error.strerror}") from error
-
-    async def _attach(self) -> None:
-        async with self._lock:
-            self._check_running()
-            if self._attachment is None:
-                self._attachment = await Attachment.connect(self._steps.attach_path)
-                self._background.start_soon(self._attachment.drain)
+        await self._stdin.send(data, self.id)
 
     async def stdin_writer_gone(self) -> None:
         """A writer has closed `stdin`: end-of-file for the process, if it is set to once."""
-        if self._attachment is not None and self._effective().stdin == "once":
-            self._attachment.close()
-            self._attachment = None
-            self._stdin_ended = True
+        if self._effective().stdin == "once":
+            self._stdin.end()
 
     # --- looking ---------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """`ctrfs convert`: from any place an image can be to any other, made fit for lazy loading."""
 
 import errno
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,12 +17,13 @@ from store.layout_writer import LayoutTarget
 from store.lazy_format import Format
 from store.open_source import open_source
 from store.platform import Platform, parse_platform
-from store.reference import LayoutSource, RegistrySource, parse_source
+from store.reference import LayoutSource
 from store.source import Source
 from store.target import RegistryTarget, Target
 from tools.convert_progress import progress
 from tools.instance import CommandFailed
 from tools.mounted import MountedTarget, find_mount, mounted_image
+from tools.places import parse_place
 
 # A trace has a line for each file that a workload opens; ten times a desktop's have less.
 _TRACE_BYTES = 16 << 20
@@ -70,18 +70,10 @@ def run(request: Request) -> Digest:
     return manifest.content
 
 
-def _place(text: str) -> RegistrySource | LayoutSource | None:
-    """Where an image is or goes; None for a tree. Raises InvalidReference."""
-    if text.startswith("oci:"):
-        path = text.removeprefix("oci:")
-        return parse_source(f"oci:{os.path.abspath(path)}" if path else text)
-    return parse_source(text) if text.startswith("docker://") else None
-
-
 @contextmanager
 def _source(request: Request, config: StoreConfig) -> Iterator[tuple[Source, Platform]]:
     """The source, and the platform to choose from it unless the user says otherwise."""
-    place = _place(request.source)
+    place = parse_place(request.source)
     if place is None:
         mountpoint = find_mount(request.mount)
         with mounted_image(mountpoint, request.source, config.limits) as found:
@@ -95,7 +87,7 @@ def _source(request: Request, config: StoreConfig) -> Iterator[tuple[Source, Pla
 
 
 def _target(request: Request, config: StoreConfig) -> Target:
-    place = _place(request.target)
+    place = parse_place(request.target)
     if isinstance(place, LayoutSource):
         return LayoutTarget(place)
     if place is None:

@@ -12,6 +12,7 @@ from store.reference import RegistrySource, parse_source
 from tools.convert_progress import progress
 from tools.instance import CommandFailed
 from tools.mounted import find_mount
+from tools.places import parse_place
 
 
 def run(source: str, platform: str | None, mount: Path | None, config_path: Path | None) -> Digest:
@@ -23,16 +24,12 @@ def run(source: str, platform: str | None, mount: Path | None, config_path: Path
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = load(config_path).store
-    place = parse_source(source if _is_place(source) else _of_mounted(source, mount))
+    place = parse_place(source) or parse_source(_of_mounted(source, mount))
     if not isinstance(place, RegistrySource):
         raise CommandFailed("indexes are kept in registries; name an image in one, as docker://REF")
     wanted = parse_platform(platform) if platform else config.wanted_platform
     with progress(sys.stderr) as watcher:
         return index_image(place.reference, wanted, config, watcher).content
-
-
-def _is_place(source: str) -> bool:
-    return "://" in source or source.startswith("oci:")
 
 
 def _of_mounted(name: str, mount: Path | None) -> str:
