@@ -98,41 +98,50 @@ class LayerIndexes:
             return self._remote
 
 
-def pull_lazily(
-    source: Source,
-    origin: str,
-    descriptor: Descriptor,
-    diff_id: Digest,
-    store: Store,
-    indexes: LayerIndexes,
-    filling: Filling,
-) -> Layer:
-    """Make an incomplete layer. Blocks while a few requests are answered.
+class LazyPull:
+    """Makes an image's layers that are filled later. Safe to use from several threads.
 
     Args:
         origin: where others find the same source again (``Image.source``).
-        filling: is told of the layer before it is made.
-
-    Raises:
-        NotLazy: the layer, or where it comes from, does not allow it; the sentence says why.
-        InvalidLayer, DigestMismatch, LimitExceeded: what it says of itself is wrong.
-        RegistryError: the registry can't be asked, or refuses.
+        image: its manifest.
+        filling: is told of each layer before it is made.
     """
-    if not isinstance(source, Registry):
-        raise NotLazy("it comes from this machine's disk")
-    known: list[tuple[int, bytes]] = []
 
-    def read(offset: int, length: int) -> bytes:
-        piece = source.fetch_range(descriptor, offset, length)
-        known.append((offset, piece))
-        return piece
+    def __init__(
+        self, store: Store, source: Source, origin: str, image: Descriptor, filling: Filling
+    ) -> None:
+        self._filling = filling
+        self._store = store
+        self._source = source
+        self.origin = origin
+        self._indexes = LayerIndexes(store, source, image)
 
-    vouched = True
-    layout: LazyLayout | None = read_toc(descriptor, read, store.config.layers)
-    if layout is None:
-        found = indexes.find(descriptor, diff_id)
-        if found is None:
-            raise NotLazy("it has no table of contents, and there is no index of it")
-        layout, vouched = found
-    record = LazyRecord(descriptor, (origin,), vouched)
-    return store.layers.add_lazy(diff_id, layout, record, known, lambda: filling.expect(diff_id))
+    def layer(self, descriptor: Descriptor, diff_id: Digest) -> Layer:
+        """Make an incomplete layer. Blocks while a few requests are answered.
+
+        Raises:
+            NotLazy: the layer, or where it comes from, does not allow it; the sentence says why.
+            InvalidLayer, DigestMismatch, LimitExceeded: what it says of itself is wrong.
+            RegistryError: the registry can't be asked, or refuses.
+        """
+        source = self._source
+        if not isinstance(source, Registry):
+            raise NotLazy("it comes from this machine's disk")
+        known: list[tuple[int, bytes]] = []
+
+        def read(offset: int, length: int) -> bytes:
+            piece = source.fetch_range(descriptor, offset, length)
+            known.append((offset, piece))
+            return piece
+
+        vouched = True
+        layout: LazyLayout | None = read_toc(descriptor, read, self._store.config.layers)
+        if layout is None:
+            found = self._indexes.find(descriptor, diff_id)
+            if found is None:
+                raise NotLazy("it has no table of contents, and there is no index of it")
+            layout, vouched = found
+        record = LazyRecord(descriptor, (self.origin,), vouched)
+        return self._store.layers.add_lazy(
+            diff_id, layout, record, known, lambda: self._filling.expect(diff_id)
+        )

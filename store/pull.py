@@ -24,7 +24,7 @@ from store.errors import (
 from store.images import Image
 from store.layers import Layer
 from store.lazy import read_record
-from store.lazy_pull import Filling, Indexing, LayerIndexes, pull_lazily
+from store.lazy_pull import Filling, Indexing, LazyPull
 from store.leftovers import Leftovers
 from store.manifest import Descriptor
 from store.open_source import open_source
@@ -189,21 +189,21 @@ class Pulls:
         )
         states = [self._layer_progress(layer) for layer, _ in wanted]
         progress.layers = tuple(dict.fromkeys(states))
-        lazily = self._filling if mode == "lazy" else None
+        filling = self._filling if mode == "lazy" else None
+        lazily = LazyPull(self._store, source, origin, found.chosen, filling) if filling else None
         async with self._leftovers.gone_if_refused(image, map(digest_of, found.documents)):
             for document in found.documents:
                 await to_end(partial(self._store.cas.put, document))
             progress.image = image
             progress.state = "pulling"
-            indexes = LayerIndexes(self._store, source, found.chosen)
-            part = _Part(source, origin, image.name, lazily, indexes)
+            part = _Part(source, origin, image.name, lazily)
             await self._all_layers(part, wanted, states)
             await self._make_mountable(image)
-            if lazily:
-                await self._serve(lazily, image)
+            if filling:
+                await self._serve(filling, image)
             image = msgspec.structs.replace(image, pulled_ns=time.time_ns())
             await to_end(lambda: self._store.images.put(image))
-            await to_end(partial(self._have_filled, image, lazily))
+            await to_end(partial(self._have_filled, image, filling))
         self._have_indexed(wanted)
         return image
 
@@ -282,15 +282,14 @@ class Pulls:
         async with blob, unpacked, self._slots:
             not_lazy = ""
             if part.lazily and not self._store.cas.contains(layer.content):
-                not_lazy = await self._layer_lazily(part, part.lazily, layer, diff_id, state)
+                not_lazy = await self._layer_lazily(part.lazily, layer, diff_id, state)
                 if not not_lazy:
                     return
             await self._layer_in_full(part, layer, diff_id, state, not_lazy)
 
     async def _layer_lazily(
         self,
-        part: "_Part",
-        filling: Filling,
+        lazily: LazyPull,
         layer: Descriptor,
         diff_id: Digest,
         state: LayerProgress,
@@ -300,23 +299,13 @@ class Pulls:
         known = layers.get(diff_id)
         if known is None or not await to_end(lambda: layers.usable(diff_id)):
             try:
-                await ask(
-                    lambda: pull_lazily(
-                        part.source,
-                        part.origin,
-                        layer,
-                        diff_id,
-                        self._store,
-                        part.indexes,
-                        filling,
-                    )
-                )
+                await ask(lambda: lazily.layer(layer, diff_id))
             except NotLazy as error:
                 return error.sentence
         elif known.complete:
             # Another blob of the same content; this image's own is not needed for anything.
             return "its content is here already"
-        elif not read_record(known.directory).is_for(layer, part.origin):
+        elif not read_record(known.directory).is_for(layer, lazily.origin):
             return "an image that is here claims the same content and says otherwise what it is"
         state.finished()
         return ""
@@ -376,8 +365,7 @@ class _Part(msgspec.Struct, frozen=True):
     source: Source
     origin: str
     name: str
-    lazily: Filling | None
-    indexes: LayerIndexes
+    lazily: LazyPull | None
 
 
 def _chosen_name(text: str | None) -> str | None:
