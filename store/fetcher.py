@@ -203,13 +203,13 @@ class Fetcher:
     # --- for whoever fills -------------------------------------------------------------
 
     async def fetch(self, spans: range) -> None:
-        """Wait until spans are here, as patiently as a reader.
+        """Wait until spans are here, for each as patiently as a reader.
 
         Raises:
-            StoreError: they can't be had within the time that readers wait.
+            StoreError: none came within the time that readers wait.
         """
         try:
-            await self._need(spans)
+            await self._need(spans, each=True)
         except DigestMismatch as error:
             self._failed(self.layer.diff_id, error, Reading(self._place(spans[0])))
             raise
@@ -236,11 +236,12 @@ class Fetcher:
 
     # --- waiting -----------------------------------------------------------------------
 
-    async def _need(self, spans: Sequence[int]) -> None:
+    async def _need(self, spans: Sequence[int], *, each: bool = False) -> None:
+        """Wait as long as a reader does; if ``each``, anew after each that has come."""
         self._slots.used()
         try:
-            with trio.fail_after(self._config.read_seconds):
-                await self._patiently(spans)
+            with trio.fail_after(self._config.read_seconds) as scope:
+                await self._patiently(spans, scope if each else None)
         except trio.TooSlowError:
             raise RegistryTimeout(
                 f"bytes of the layer {self.layer.record.blob.digest} did not come within "
@@ -249,11 +250,11 @@ class Fetcher:
         finally:
             self._slots.used()
 
-    async def _patiently(self, spans: Sequence[int]) -> None:
+    async def _patiently(self, spans: Sequence[int], renewed: trio.CancelScope | None) -> None:
         pause = _PAUSE_SECONDS
         while True:
             try:
-                return await self._arrival(spans)
+                return await self._arrival(spans, renewed)
             except RegistryError as error:
                 left = trio.current_effective_deadline() - trio.current_time()
                 if not error.transient or left < _PAUSE_SECONDS:
@@ -263,7 +264,7 @@ class Fetcher:
             await trio.sleep(min(rest, left / 2))
             pause = min(2 * pause, _PAUSE_MAX_SECONDS)
 
-    async def _arrival(self, spans: Sequence[int]) -> None:
+    async def _arrival(self, spans: Sequence[int], renewed: trio.CancelScope | None) -> None:
         for number in spans:
             while not self.layer.has(number):
                 pending = self._pending.get(number)
@@ -273,6 +274,8 @@ class Fetcher:
                 await pending.arrived.wait()
                 if pending.error is not None:
                     raise pending.error
+                if renewed is not None:
+                    renewed.deadline = trio.current_time() + self._config.read_seconds
 
     # --- requests ----------------------------------------------------------------------
 

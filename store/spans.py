@@ -21,6 +21,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
+from itertools import starmap
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,6 +39,9 @@ _PIECE = struct.Struct("<QQQI4x32s")
 _COUNT_AT = struct.calcsize("<QQQI")  # in a span
 _TARGET = struct.Struct("<Q")
 _NONE = bytes(32)
+
+# So many bytes of the blob cost less than a request of their own, even where the line is slow.
+_GAP = 64 << 10
 
 # A deflate stream looks back at most this far (RFC 1951).
 WINDOW = 32 << 10
@@ -297,6 +301,22 @@ class SpanTable:
         if first == last:
             return range(0)
         return range(self.piece(first).span, self.piece(last - 1).span + 1)
+
+    def runs_for(self, ranges: Iterable[tuple[int, int]]) -> list[range]:
+        """Numbers of the spans that ranges (offset, length) of the data file come from, in the
+        blob's order, in as few runs as possible: what lies close together is one, with what is
+        in between."""
+        found = [spans for spans in starmap(self.spans_for, ranges) if spans]
+        runs: list[range] = []
+        for spans in sorted(found, key=lambda spans: (spans.start, spans.stop)):
+            if runs and self._gap(runs[-1], spans) <= _GAP:
+                runs[-1] = range(runs[-1].start, max(runs[-1].stop, spans.stop))
+            else:
+                runs.append(spans)
+        return runs
+
+    def _gap(self, before: range, after: range) -> int:
+        return self.range_of(after.start)[0] - self.range_of(before.stop - 1)[1]
 
     def span_at(self, blob_offset: int) -> int:
         """The number of the span that holds a byte of the blob."""

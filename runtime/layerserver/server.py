@@ -8,7 +8,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -17,6 +17,7 @@ import trio
 from runtime import fanotify
 from runtime.errors import Unsupported
 from runtime.layerserver import protocol, rundir
+from runtime.layerserver.asked import fetch_ranges, fetch_rest, runs_in_order
 from runtime.layerserver.completion import complete
 from runtime.layerserver.conversations import Conversations
 from runtime.layerserver.fanotify_serving import FanotifyServing
@@ -65,8 +66,6 @@ log = logging.getLogger(__name__)
 _GRACE_SECONDS = 10.0
 # Requests in the time that a reader waits, if all stall.
 _ATTEMPTS = 2
-# Spans asked for at once where all of a layer is wanted.
-_BATCH = 500
 
 
 class LayersInUse(CtrfsError):
@@ -250,7 +249,7 @@ class LayerServer:
             self._sources[name] = open_source(parse_source(name), self._config)
         return self._sources[name]
 
-    async def _prefetch(self, fetcher: Fetcher, wanted: list[range]) -> None:
+    async def _prefetch(self, fetcher: Fetcher, wanted: Iterable[range]) -> None:
         """Bring spans in order. One request at a time: a second would take the processor from the
         container that starts meanwhile, and what it wants first would come no sooner."""
         try:
@@ -305,8 +304,8 @@ class LayerServer:
                 case Prefetch(diff_id, ranges):
                     fetcher = await self._open(parse_digest(diff_id))
                     if fetcher is not None:
-                        spans = _spans(fetcher, ranges)
-                        self._nursery.start_soon(self._prefetch, fetcher, spans)
+                        runs = runs_in_order(fetcher.layer.table, ranges)
+                        self._nursery.start_soon(self._prefetch, fetcher, runs)
                 case Configure(config):
                     self._use(config)
                     self._filler.wake()
@@ -337,8 +336,7 @@ class LayerServer:
             return
         layer = fetcher.layer
         if ranges is not None:
-            for spans in _spans(fetcher, ranges):
-                await fetcher.fetch(spans)
+            await fetch_ranges(fetcher, ranges)
             return
         while not layer.complete:
             if fetcher.refused:
@@ -346,9 +344,7 @@ class LayerServer:
             if layer.whole:
                 await self._complete(fetcher)  # after which it may lack something
                 continue
-            first = layer.next_absent(0)
-            stop = min(layer.next_present(first), first + _BATCH)
-            await fetcher.fetch(range(first, stop))
+            await fetch_rest(fetcher)
 
     def _report(self) -> Report:
         layers: dict[str, tuple[int, int]] = {
@@ -389,8 +385,3 @@ def _patience(config: StoreConfig) -> Patience:
         read_seconds=min(patience.read_seconds, most),
         connect_seconds=min(patience.connect_seconds, most),
     )
-
-
-def _spans(fetcher: Fetcher, ranges: Ranges) -> list[range]:
-    found = (fetcher.layer.table.spans_for(offset, length) for offset, length in ranges)
-    return [spans for spans in found if spans]

@@ -175,6 +175,33 @@ async def test_what_it_answers(tmp_path: Path, front: Proxy, name: str, method: 
         await site.client.complete(DIFF_ID)
 
 
+async def test_ranges_are_asked_for_together(tmp_path: Path, front: Proxy, name: str) -> None:
+    async with served(tmp_path, front, name) as (site, image):
+        before = len(front.paths("/blobs/"))
+        paths = (*(f"/small{n}" for n in range(20)), "/large")
+        *small, (large, size) = (site.store.locate(image, path)[DIFF_ID][0] for path in paths)
+        far = (large + 5 * CHUNK, large + 30 * CHUNK)
+        wanted = ((far[1], 10), *reversed(small), (far[0], 10), (far[1] + 10, 1))
+        await site.client.fetch(DIFF_ID, wanted)
+        assert len(front.paths("/blobs/")) - before == 3
+        assert fetched(site) < BLOB.layer.size / 2
+        await site.client.fetch(DIFF_ID, ((large, size),))
+        assert len(front.paths("/blobs/")) - before == 3 + 3
+        assert bytes_asked(front) <= BLOB.layer.size
+
+
+async def test_what_was_opened_first_comes_in_few_requests(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with served(tmp_path, front, name) as (site, image):
+        before = len(front.paths("/blobs/"))
+        start = fetched(site)
+        small = [site.store.locate(image, f"/small{n}")[DIFF_ID][0] for n in range(20)]
+        await site.client.prefetch(DIFF_ID, small[::-2])
+        await until(lambda: fetched(site) > start + 15 * 3000)
+        assert len(front.paths("/blobs/")) - before == 1
+
+
 async def test_what_it_refuses(tmp_path: Path, front: Proxy, name: str) -> None:
     async with served(tmp_path, front, name) as (site, _):
         unknown = Digest("sha256:" + "0" * 64)

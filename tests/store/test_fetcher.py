@@ -5,6 +5,7 @@ import os
 import random
 import re
 import stat
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -285,6 +286,23 @@ async def test_no_reader_hangs_longer_than_its_time(place: Place, proxy: Proxy) 
         proxy.heal()
         await trio.sleep(AGAIN_SECONDS)
         assert await fetcher.read(0, 10) == place.made.data[:10]
+
+
+async def test_a_slow_line_only_takes_time(place: Place, proxy: Proxy) -> None:
+    def slowly(exchange: Exchange) -> None:
+        def change(piece: bytes) -> bytes:
+            time.sleep(0.05)
+            return piece
+
+        exchange.forward(change=change)
+
+    proxy.on("/blobs/", slowly)
+    async with place.fetching(read_seconds=0.6) as fetcher:
+        begin = trio.current_time()
+        await fetcher.fetch(range(fetcher.layer.table.spans))
+        assert trio.current_time() - begin > 1
+        assert fetcher.layer.whole
+        assert len(asked(proxy)) == 1
 
 
 async def test_one_wrong_chunk_spoils_no_other(place: Place, proxy: Proxy) -> None:

@@ -1,0 +1,84 @@
+"""Bringing what somebody asked for by name: all of a layer, or ranges of its data file."""
+
+from collections.abc import Iterable, Iterator
+
+import trio
+
+from store.errors import StoreError
+from store.fetcher import Fetcher
+from store.lazy import LazyLayer
+from store.spans import SpanTable
+
+# One request: a reader who wants the last of it waits for no more than this.
+_PART_BYTES = 8 << 20
+# Requests at once. Readers have as many again for themselves (``LazyConfig.requests``).
+_PARALLEL = 4
+# What a program opens first is wanted in this order, but what lies close together in so many bytes
+# of data may come in one request.
+_BATCH_BYTES = 4 << 20
+
+
+async def fetch_ranges(fetcher: Fetcher, ranges: Iterable[tuple[int, int]]) -> None:
+    """Wait until ranges (offset, length) of the data file are here.
+
+    Raises:
+        StoreError: they can't be had within the time that readers wait.
+    """
+    table = fetcher.layer.table
+    await _fetch(fetcher, (part for run in table.runs_for(ranges) for part in _parts(table, run)))
+
+
+async def fetch_rest(fetcher: Fetcher) -> None:
+    """Wait until everything is here that was missing. Raises as ``fetch_ranges``."""
+    layer = fetcher.layer
+    await _fetch(fetcher, (part for run in _missing(layer) for part in _parts(layer.table, run)))
+
+
+def runs_in_order(table: SpanTable, ranges: Iterable[tuple[int, int]]) -> Iterator[range]:
+    """The spans of ranges of the data file, nearly in their order."""
+    batch: list[tuple[int, int]] = []
+    size = 0
+    for offset, length in ranges:
+        batch.append((offset, length))
+        size += length
+        if size >= _BATCH_BYTES:
+            yield from table.runs_for(batch)
+            batch, size = [], 0
+    yield from table.runs_for(batch)
+
+
+async def _fetch(fetcher: Fetcher, parts: Iterator[range]) -> None:
+    failure: StoreError | None = None
+
+    async def work() -> None:
+        nonlocal failure
+        for part in parts:
+            try:
+                await fetcher.fetch(part)
+            except StoreError as error:
+                failure = failure or error
+                nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(_PARALLEL):
+            nursery.start_soon(work)
+    if failure is not None:
+        raise failure
+
+
+def _missing(layer: LazyLayer) -> Iterator[range]:
+    first = layer.next_absent(0)
+    while first < layer.table.spans:
+        stop = layer.next_present(first)
+        yield range(first, stop)
+        first = layer.next_absent(stop)
+
+
+def _parts(table: SpanTable, spans: range) -> Iterator[range]:
+    """Spans in parts that one request brings."""
+    first = spans.start
+    while first < spans.stop:
+        end = min(table.range_of(first)[0] + _PART_BYTES, table.blob_size)
+        stop = min(table.span_at(end - 1) + 1, spans.stop)
+        yield range(first, stop)
+        first = stop
