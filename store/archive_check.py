@@ -1,16 +1,20 @@
-"""Whether a layer is what its archive says, after somebody else has said it.
+"""Whether a layer is what its archive says, after a table of contents or an index has said it.
 
-An index that nobody vouches for can show any files, as long as their bytes occur in the blob. When
-all of the blob is here and is the one that the image names, the archive in it is parsed and
-compared with the index and the data file that were used until then.
+Either can show any files, as long as their bytes occur in the blob. When all of the blob is here
+and is the one that the image names, the archive in it is parsed and compared with the index and
+the data file that were used until then: only that makes a layer what its diff_id stands for, which
+any other image may name as well.
 """
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from store.cas import CHUNK
 from store.errors import DigestMismatch
+from store.estargz import NOT_FILES
 from store.extents import Places
 from store.index import Entry, read_index
 from store.tar import TarParser
@@ -31,26 +35,42 @@ class ArchiveCheck(Places):
 
     def __init__(self, index: Path, data_fd: int) -> None:
         super().__init__()
-        self._entries: Iterator[Entry] = iter(read_index(index))
+        self._said: Iterator[Entry] = iter(read_index(index))
+        self._next = next(self._said, None)
         self._data_fd = data_fd
         self._parser = TarParser(self)
         self._checked = 0  # up to here the data file is right
+        self._left_out = False  # the content that comes now
 
     def feed(self, view: memoryview) -> None:
         """The next bytes."""
         for entry in self._parser.feed(view):
-            if next(self._entries, None) != entry:
+            if self._is_left_out(entry):
+                continue
+            if self._next is None or not _is_same(self._next, entry):
                 raise _wrong(f"{shown(entry.path)} is another in the layer")
+            self._next = next(self._said, None)
 
     def finish(self) -> None:
         """The archive has ended."""
         self._parser.finish()
-        for entry in self._entries:
-            raise _wrong(f"the layer has no {shown(entry.path)}")
+        if self._next is not None:
+            raise _wrong(f"the layer has no {shown(self._next.path)}")
         self._skip_to(aligned(self.end))
+
+    def _is_left_out(self, entry: Entry) -> bool:
+        """Tables of contents do not list themselves, nor what else only steers the loading."""
+        return entry.path in NOT_FILES and (self._next is None or self._next.path != entry.path)
+
+    def begin(self, entry: Entry) -> int:
+        """See ``tar.Contents``."""
+        self._left_out = self._is_left_out(entry)
+        return 0 if self._left_out else super().begin(entry)
 
     def write(self, view: memoryview) -> None:
         """See ``tar.Contents``."""
+        if self._left_out:
+            return
         self._skip_to(self.target)
         if os.pread(self._data_fd, len(view), self.target) != bytes(view):
             raise _wrong("the layer has other contents")
@@ -74,8 +94,17 @@ class ArchiveCheck(Places):
         self._checked = max(self._checked, position)
 
 
+def _is_same(said: Entry, entry: Entry) -> bool:
+    """Whether an entry is as it was said; eStargz has times in seconds, rounded."""
+    if said == entry:
+        return True
+    if said.nanoseconds or not entry.nanoseconds or said.seconds - entry.seconds not in (0, 1):
+        return False
+    return said == msgspec.structs.replace(entry, seconds=said.seconds, nanoseconds=0)
+
+
 def _wrong(what: str) -> DigestMismatch:
     return DigestMismatch(
-        f"the index that the layer was loaded by is wrong: {what}; whoever pushed it made a "
-        "mistake or is hostile: pull the image with mode=full"
+        f"the table of contents or index that the layer was loaded by is wrong: {what}; whoever "
+        "made it made a mistake or is hostile: pull the image with mode=full"
     )

@@ -13,16 +13,10 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 
 from store.errors import NotLazy
-from store.estargz import TOC_NAME
+from store.estargz import NOT_FILES
 from store.index import Entry
 from store.spool import Member
 from store.tar_names import shown
-
-PREFETCH = b".prefetch.landmark"
-NO_PREFETCH = b".no.prefetch.landmark"
-
-# What an earlier conversion has put into the archive.
-_LEFT_OUT = frozenset({PREFETCH, NO_PREFETCH, TOC_NAME})
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
@@ -150,7 +144,7 @@ def _unique(members: Iterable[Member]) -> list[Member]:
     for member in members:
         entry = member.entry
         path = entry.path
-        if path in _LEFT_OUT:
+        if path in NOT_FILES:
             continue
         earlier = found.get(path)
         if earlier is not None:

@@ -22,6 +22,12 @@ from store.tar_header import BLOCK, Header, block_sum, read_header
 from store.toc_json import TOC_MAX, RawToc
 
 TOC_NAME = b"stargz.index.json"
+# Contents before the first of these two are wanted at start; the other says that none are, and
+# goes first.
+PREFETCH = b".prefetch.landmark"
+NO_PREFETCH = b".no.prefetch.landmark"
+# Files in the root directory that only steer the loading.
+NOT_FILES = frozenset({PREFETCH, NO_PREFETCH, TOC_NAME})
 DIGEST_ANNOTATION = "containerd.io/snapshot/stargz/toc.digest"
 
 FOOTER_SIZE = 51

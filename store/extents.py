@@ -69,10 +69,10 @@ class Places:
         self.end = 0
         self.target = 0
 
-    def begin(self, size: int) -> int:
+    def begin(self, entry: Entry) -> int:
         """See ``tar.Contents``."""
         self.target = aligned(self.end)
-        self.end = self.target + size
+        self.end = self.target + entry.size
         return self.target
 
     def seek(self, position: int) -> None:

@@ -37,6 +37,7 @@ from store.erofs import image_sizes, write_image
 from store.errors import ContentNeeded, CorruptContent, InvalidLayer, storage
 from store.index import Entry, IndexWriter, read_index
 from store.lazy import LazyRecord
+from store.manifest import Descriptor
 from store.spans import SpanWriter
 from store.tree import Tree
 from store.tree_builder import Builder
@@ -312,12 +313,12 @@ class Layers:
         assert layer is not None
         return layer
 
-    def is_distrusted(self, diff_id: Digest) -> bool:
-        """Whether a layer was refused as an index described it that nobody vouches for."""
+    def was_refused(self, diff_id: Digest, blob: Descriptor, source: str) -> bool:
+        """Whether a layer was refused as an image from ``source`` with this blob describes it."""
         layer = self._layers.get(diff_id)
         if layer is None or not lazy.refusal(layer.directory):
             return False
-        return not lazy.read_record(layer.directory).vouched
+        return lazy.read_record(layer.directory).is_for(blob, source)
 
     def refused(self, diff_id: Digest) -> None:
         """A lazy layer's blob was found to be wrong: it counts as damaged from now on."""

@@ -37,8 +37,8 @@ from store.cas import CHUNK, Cas, Digest, sync_directory
 from store.errors import (
     CorruptContent,
     DigestMismatch,
-    InvalidLayer,
     PullCancelled,
+    StoreError,
     storage,
 )
 from store.inflate import ChunkReader, inflated
@@ -326,16 +326,16 @@ class LazyLayer:
     # --- the end -----------------------------------------------------------------------
 
     def verify(self, cancelled: Callable[[], bool]) -> None:
-        """Check the whole blob against its digest, and what it unpacks to against the diff_id.
+        """Check the whole blob against its digest, what it unpacks to against the diff_id, and
+        what was said of it against that.
 
         Raises:
-            DigestMismatch, InvalidLayer: one of them is wrong.
+            DigestMismatch, InvalidLayer, LimitExceeded: one of them is wrong.
+            CorruptContent: the layer's index is damaged.
             PullCancelled: ``cancelled()`` returned true.
         """
         blob, archive = hashlib.sha256(), hashlib.sha256()
-        check = (
-            None if self.record.vouched else ArchiveCheck(self.directory / "index", self.data_fd)
-        )
+        check = ArchiveCheck(self.directory / "index", self.data_fd)
         with open(os.dup(self._blob), "rb", buffering=0) as file:
             file.seek(0)
 
@@ -352,9 +352,8 @@ class LazyLayer:
             try:
                 while count := reader.fill(buffer):
                     archive.update(buffer[:count])
-                    if check is not None:
-                        check.feed(buffer[:count])
-            except InvalidLayer:
+                    check.feed(buffer[:count])
+            except StoreError:
                 for _ in chunks():  # the blob's digest says whose fault it is
                     pass
                 self._compare(self.record.blob.digest, blob.hexdigest(), "the layer's blob")
@@ -363,8 +362,7 @@ class LazyLayer:
                 pass
         self._compare(self.record.blob.digest, blob.hexdigest(), "the layer's blob")
         self._compare(self.diff_id, archive.hexdigest(), "what the layer's blob unpacks to")
-        if check is not None:
-            check.finish()
+        check.finish()
 
     def _compare(self, wanted: str, found: str, what: str) -> None:
         if wanted != f"sha256:{found}":

@@ -71,8 +71,6 @@ class LayerIndexes:
             return own, True
         if not isinstance(self._source, Registry) or not self._trusted(self._source):
             return None
-        if self._store.layers.is_distrusted(diff_id):
-            return None
         try:
             document = self._documents(self._source).get(layer.content)
             if document is None:
@@ -127,6 +125,8 @@ class LazyPull:
         source = self._source
         if not isinstance(source, Registry):
             raise NotLazy("it comes from this machine's disk")
+        if self._store.layers.was_refused(diff_id, descriptor, self.origin):
+            raise NotLazy("what it was loaded by before turned out to be wrong")
         known: list[tuple[int, bytes]] = []
 
         def read(offset: int, length: int) -> bytes:

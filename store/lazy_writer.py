@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from store.arrange import NO_PREFETCH, PREFETCH
 from store.cas import Digest, digest_of
+from store.estargz import NO_PREFETCH, PREFETCH
 from store.index import Entry
 from store.lazy_format import Chunk, Compress, FormatWriter, TocWriter
 from store.manifest import Descriptor

@@ -23,7 +23,7 @@ from store.errors import (
 )
 from store.images import Image
 from store.layers import Layer
-from store.lazy import read_record
+from store.lazy import read_record, refusal
 from store.lazy_pull import Filling, Indexing, LazyPull
 from store.leftovers import Leftovers
 from store.manifest import Descriptor
@@ -336,14 +336,16 @@ class Pulls:
 
     async def _complete_or_give_up(self, known: Layer, blob: Descriptor, origin: str) -> None:
         """Bring the rest of an incomplete layer, which verifies its diff_id. The layer is made
-        anew when what stands in the way is not this image's: an index that nobody vouches for, or
-        what another image says that claims the same diff_id."""
+        anew when what stands in the way need not be this image's blob: what it was loaded by was
+        found wrong, or nobody vouches for that, or another image says it that claims the same
+        diff_id."""
         record = read_record(known.directory)
         try:
             await self._complete(known.diff_id)
         except StoreError as error:
             foreign = not record.is_for(blob, origin) and error.errno not in DISK_ERRORS
-            if not foreign and (error.errno != errno.EIO or record.vouched):
+            hopeless = record.vouched and not refusal(known.directory)
+            if not foreign and (error.errno != errno.EIO or hopeless):
                 raise
             log.warning("the layer %s is fetched once more: %s", known.diff_id, error.sentence)
             self._store.layers.refused(known.diff_id)

@@ -119,7 +119,7 @@ def _fill(
 class _Nowhere:
     """Contents stay where they are in the archive (``tar.Contents``)."""
 
-    def begin(self, size: int) -> int:
+    def begin(self, entry: Entry) -> int:
         return 0
 
     def seek(self, position: int) -> None:

@@ -45,8 +45,8 @@ _SPARSE = struct.Struct("12s12s")
 class Contents(Protocol):
     """Where file contents go: a data file in which each begins at an aligned place."""
 
-    def begin(self, size: int) -> int:
-        """Reserve ``size`` bytes for the next content; returns its offset."""
+    def begin(self, entry: Entry) -> int:
+        """Reserve space for the next content, of an entry that is not empty; returns its offset."""
         ...
 
     def seek(self, position: int) -> None:
@@ -326,19 +326,19 @@ class TarParser:
         )
         self._name = entry.path
         if stat.S_ISREG(entry.mode):
-            entry.offset = self._begin(header, entry.path)
+            entry.offset = self._begin(header, entry)
         return entry
 
-    def _begin(self, header: Header, path: bytes) -> int:
+    def _begin(self, header: Header, entry: Entry) -> int:
         """Reserve the content's place and get ready to take it."""
         if header.stored < 0:
-            raise wrong_size(path, header.stored)
+            raise wrong_size(entry.path, header.stored)
         self._segments = None
         if header.segments is not None:
-            check_segments(header, path)
+            check_segments(header, entry.path)
             self._segments = iter(header.segments)
             self._segment_left = 0
         self._left = header.stored
         self._padding = -header.stored % BLOCK
-        self._base = self._contents.begin(header.size) if header.size else 0
+        self._base = self._contents.begin(entry) if header.size else 0
         return self._base

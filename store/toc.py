@@ -8,6 +8,7 @@ import msgspec
 
 from store import estargz, zstd_chunked
 from store.errors import LimitExceeded
+from store.estargz import NO_PREFETCH, NOT_FILES, PREFETCH
 from store.index import Entry
 from store.manifest import Descriptor
 from store.source import BlobReader
@@ -17,12 +18,6 @@ from store.toc_layout import Layout
 from store.unpack import LayerLimits, attributes_size, check_metadata
 
 __all__ = ["BlobReader", "Toc", "read_toc"]
-
-# Files that only steer the loading, in the root directory. Contents before the first of these
-# two are wanted at start; the other says that none are, and goes first.
-_PREFETCH = b".prefetch.landmark"
-_NO_PREFETCH = b".no.prefetch.landmark"
-_NOT_FILES = frozenset({_PREFETCH, _NO_PREFETCH, estargz.TOC_NAME})
 
 
 class Toc(msgspec.Struct, frozen=True):
@@ -85,7 +80,7 @@ def _entries(raw: RawToc, layout: Layout, limits: LayerLimits) -> tuple[list[Ent
             continue
         entry = entry_of(item)
         path = entry.path
-        if path in _NOT_FILES:
+        if path in NOT_FILES:
             landmarks[path] = layout.add(entry, item, wanted=False)
             continue
         layout.add(entry, item)
@@ -99,4 +94,4 @@ def _entries(raw: RawToc, layout: Layout, limits: LayerLimits) -> tuple[list[Ent
                 "raise the limit in the store's configuration if you trust the image"
             )
     check_metadata(metadata, limits)
-    return entries, 0 if _NO_PREFETCH in landmarks else landmarks.get(_PREFETCH, 0)
+    return entries, 0 if NO_PREFETCH in landmarks else landmarks.get(PREFETCH, 0)

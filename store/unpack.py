@@ -276,9 +276,9 @@ class DataFile:
         self._position = 0
         self._sent = 0  # up to here the kernel is writing back
 
-    def begin(self, size: int) -> int:
+    def begin(self, entry: Entry) -> int:
         start = aligned(self._end)
-        self._end = start + size
+        self._end = start + entry.size
         gap = start - self._position
         if gap >= ALIGNMENT:
             self.seek(start)

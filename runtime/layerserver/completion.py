@@ -6,7 +6,7 @@ import threading
 import trio
 
 from store.cas import Cas
-from store.errors import DigestMismatch, InvalidLayer
+from store.errors import PullCancelled, StorageFailed, StoreError
 from store.fetcher import Fetcher
 from store.transfer import interruptible
 
@@ -28,7 +28,9 @@ async def complete(fetcher: Fetcher, cas: Cas) -> None:
     try:
         await interruptible(lambda: layer.verify(cancelled.is_set), cancelled.set)
         await interruptible(lambda: layer.finish(cas), lambda: None)
-    except (DigestMismatch, InvalidLayer) as error:
+    except (StorageFailed, PullCancelled):
+        raise
+    except StoreError as error:
         if await trio.to_thread.run_sync(layer.forget_borrowed):
             fetcher.borrows = False
             log.info("%s is not all as other layers have it: that is fetched", layer.diff_id)

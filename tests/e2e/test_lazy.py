@@ -529,7 +529,7 @@ def test_an_index_that_lies_is_found_out(
     until(lambda: mount.read(f"images/{name}/state") == f"corrupt {layer.digest}")
     line = mount.last_error()
     assert f"/images/{name}/layers/0/rootfs: read" in line
-    assert "the index that the layer was loaded by is wrong: '/bin/tool' is another" in line
+    assert "index that the layer was loaded by is wrong: '/bin/tool' is another" in line
     mount.pull(name)
     assert mount.read(f"images/{name}/state") == "complete"
     tool = mount.path / "images" / name / "rootfs/bin/tool"

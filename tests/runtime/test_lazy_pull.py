@@ -19,9 +19,10 @@ from runtime.layerserver.protocol import PID_FILE, Device
 from runtime.rootfs import Rootfs
 from store import indexing, layers
 from store.cas import Digest
+from store.config import Mode
 from store.errors import InvalidLayer
 from store.images import Image
-from store.index import Entry
+from store.index import Entry, read_index
 from store.index_artifact import push_indexes
 from store.index_document import encode_index
 from store.manifest import Descriptor
@@ -472,6 +473,89 @@ async def test_an_image_that_claims_the_content_of_another(
         while (site.run / PID_FILE).exists():
             await trio.sleep(0.02)
             await site.client.end()
+
+
+def _setuid(toc: dict[str, Any]) -> None:
+    toc["entries"][0]["mode"] |= 0o4000
+
+
+def _hide(toc: dict[str, Any]) -> None:
+    del toc["entries"][1]
+
+
+def _swap(toc: dict[str, Any]) -> None:
+    first, second = toc["entries"][:2]
+    first["name"], second["name"] = second["name"], first["name"]
+
+
+def _nothing(toc: dict[str, Any]) -> None:
+    toc["entries"].clear()
+
+
+@pytest.mark.logs("is fetched once more|is another in the layer|the layer has no")
+@pytest.mark.parametrize("lie", [_setuid, _hide, _swap, _nothing])
+@pytest.mark.parametrize("mode", ["lazy", "full"])
+async def test_a_table_that_lies_is_believed_for_no_other_image(
+    tmp_path: Path,
+    registry: Registry,
+    front: Proxy,
+    layout: OciLayout,
+    name: str,
+    lie: lazy.Edit,
+    mode: Mode,
+) -> None:
+    """Of zstd:chunked, since its table is no part of what the diff_id stands for."""
+    files = {"a": noise(1, 3000), "b": noise(2, 3000), "c": noise(3, 3000)}
+    archive = tars.archive(*(tars.entry(n.encode(), data=files[n]) for n in files))
+    good, evil = lazy.zstd_chunked(archive), lazy.zstd_chunked(archive, edit=lie)
+    assert good.diff_id == evil.diff_id and good.data != evil.data
+    good_name, evil_name = (
+        push_blobs(registry, layout, f"{name}/{n}", [(blob.data, blob.layer, blob.diff_id)])
+        for n, blob in enumerate((good, evil))
+    )
+    site = Site(tmp_path, "fanotify")
+
+    def seen() -> list[tuple[bytes, int, bytes]]:
+        layer = site.store.layers.present(good.diff_id)
+        assert layer.data is not None
+        data = layer.data.read_bytes()
+        entries = read_index(layer.index)
+        return [(e.path, e.mode & 0o7777, data[e.offset :][: e.size]) for e in entries]
+
+    async with site.opened():
+        image = await site.pull(f"{front.host}/{evil_name}")
+        assert site.lazy_layers(image) == ["zstd:chunked"]
+        image = await site.pull(f"{front.host}/{good_name}", mode=mode)
+        assert site.lazy_layers(image) == [""]
+        assert not site.store.damaged(image)
+        assert seen() == [(n.encode(), 0o644, files[n]) for n in files]
+
+
+@pytest.mark.logs("is fetched once more|is another in the layer")
+@pytest.mark.parametrize("make", [lazy.estargz, lazy.zstd_chunked])
+async def test_a_table_that_lies_is_found_out(
+    tmp_path: Path,
+    registry: Registry,
+    front: Proxy,
+    layout: OciLayout,
+    name: str,
+    make: Callable[..., lazy.LazyBlob],
+) -> None:
+    blob = make(tars.archive(tars.entry(b"f", data=noise(1, 3000))), edit=_setuid)
+    reference = push_blobs(registry, layout, name, [(blob.data, blob.layer, blob.diff_id)])
+    site = Site(tmp_path, "fanotify")
+    async with site.opened():
+        image = await site.pull(f"{front.host}/{reference}")
+        with pytest.raises(LayerServerFailed, match="'/f' is another in the layer"):
+            await site.client.complete(blob.diff_id)
+        assert "mode=full" in (await site.told("refused")).sentence
+        assert site.store.damaged(image) == (blob.layer.content,)
+        # It is not believed a second time; but the archive is the one that the image names.
+        image = await site.pull(f"{front.host}/{reference}")
+        assert site.lazy_layers(image) == [""]
+        assert not site.store.damaged(image)
+        (entry, *_) = read_index(site.store.layers.present(blob.diff_id).index)
+        assert entry.mode & 0o7777 == 0o644
 
 
 @pytest.mark.parametrize("method", ["fuse", "fanotify"])

@@ -32,9 +32,9 @@ class Memory:
         self.data = bytearray()
         self._at = 0
 
-    def begin(self, size: int) -> int:
+    def begin(self, entry: Entry) -> int:
         start = -(-len(self.data) // 4096) * 4096
-        self.data.extend(bytes(start + size - len(self.data)))
+        self.data.extend(bytes(start + entry.size - len(self.data)))
         self._at = start
         return start
 

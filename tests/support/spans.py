@@ -53,8 +53,9 @@ class HandMade:
             header = tarfile.TarInfo(name)
             header.size, header.mode = len(content), 0o644
             member(header.tobuf())
+            place = len(data) if content else 0
             self.entries.append(
-                Entry(name.encode(), stat.S_IFREG | 0o644, size=len(content), offset=len(data))
+                Entry(name.encode(), stat.S_IFREG | 0o644, size=len(content), offset=place)
             )
             for offset in range(0, len(content), CHUNK):
                 part = content[offset : offset + CHUNK]
