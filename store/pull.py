@@ -45,6 +45,8 @@ from store.transfer import Transfer, ask, to_end
 
 log = logging.getLogger(__name__)
 
+_DESCRIBED_OTHERWISE = "an image that is here claims the same content and says otherwise what it is"
+
 
 class PullRequest(msgspec.Struct, frozen=True):
     """What to pull: see ``parse_source`` for ``source``; ``platform`` and ``mode`` None are the
@@ -298,6 +300,8 @@ class Pulls:
         layers = self._store.layers
         known = layers.get(diff_id)
         if known is None or not await to_end(lambda: layers.usable(diff_id)):
+            if self._is_described_otherwise(layer, diff_id):
+                return _DESCRIBED_OTHERWISE
             try:
                 await ask(lambda: lazily.layer(layer, diff_id))
             except NotLazy as error:
@@ -306,9 +310,20 @@ class Pulls:
             # Another blob of the same content; this image's own is not needed for anything.
             return "its content is here already"
         elif not read_record(known.directory).is_for(layer, lazily.origin):
-            return "an image that is here claims the same content and says otherwise what it is"
+            return _DESCRIBED_OTHERWISE
         state.finished()
         return ""
+
+    def _is_described_otherwise(self, layer: Descriptor, diff_id: Digest) -> bool:
+        """Whether an image that is here has a layer of the same content that this one must not
+        make for it, before it is verified."""
+        described = (layer.digest, layer.annotations)
+        return any(
+            (other.digest, other.annotations) != described
+            for image in self._store.images
+            for other, content in zip(image.layers, image.diff_ids, strict=True)
+            if content == diff_id
+        )
 
     async def _layer_in_full(
         self,
