@@ -24,9 +24,10 @@ from store.errors import (
 )
 from store.intake import Intake
 from store.lazy import LazyLayer
-from store.lender import Lender
+from store.lender import Borrower, Lender
 from store.readahead import ReadAhead
 from store.source import BlobStream, Source
+from store.spans import GAP
 from store.transfer import interruptible
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class Fetcher:
         borrows: contents are taken from other layers, as long as that was not what made the
             whole blob wrong.
         doubted: the whole blob was found wrong once, and some of it fetched again.
+        fillable: the rest may come by itself: it is known by now what other layers have of it.
         refused: why the blob was found wrong for good; empty if it was not.
     """
 
@@ -145,6 +147,7 @@ class Fetcher:
         self.layer = layer
         self.borrows = True
         self.doubted = False
+        self.fillable = False
         self.refused = ""
         self._source = source
         self._nursery = nursery
@@ -202,25 +205,35 @@ class Fetcher:
 
     # --- for whoever fills -------------------------------------------------------------
 
-    async def fetch(self, spans: range) -> None:
+    async def fetch(self, spans: range, *, blob: bool = False) -> None:
         """Wait until spans are here, for each as patiently as a reader.
+
+        Args:
+            blob: the blob's bytes are wanted as well as the contents.
 
         Raises:
             StoreError: none came within the time that readers wait.
         """
         try:
-            await self._need(spans, each=True)
+            await self._need(spans, blob=blob, each=True)
         except DigestMismatch as error:
-            self._failed(self.layer.diff_id, error, Reading(self._place(spans[0])))
+            # The others of the request have come.
+            wrong = next((n for n in spans if not self.layer.has(n)), spans[0])
+            self._failed(self.layer.diff_id, error, Reading(self._place(wrong)))
             raise
 
-    async def bring(self, spans: range, limiter: trio.CapacityLimiter) -> None:
+    async def bring(
+        self, spans: range, limiter: trio.CapacityLimiter, *, blob: bool = False
+    ) -> None:
         """Fetch what is missing of ``spans``, once, without patience.
+
+        Args:
+            blob: as for ``fetch``.
 
         Raises:
             StoreError: it failed.
         """
-        self._request(spans, limiter)
+        self._request(spans, limiter, blob=blob)
         waiting = [(number, self._pending[number]) for number in spans if number in self._pending]
         for number, pending in waiting:
             await pending.arrived.wait()
@@ -236,12 +249,12 @@ class Fetcher:
 
     # --- waiting -----------------------------------------------------------------------
 
-    async def _need(self, spans: Sequence[int], *, each: bool = False) -> None:
+    async def _need(self, spans: Sequence[int], *, blob: bool = False, each: bool = False) -> None:
         """Wait as long as a reader does; if ``each``, anew after each that has come."""
         self._slots.used()
         try:
             with trio.fail_after(self._config.read_seconds) as scope:
-                await self._patiently(spans, scope if each else None)
+                await self._patiently(spans, blob, scope if each else None)
         except trio.TooSlowError:
             raise RegistryTimeout(
                 f"bytes of the layer {self.layer.record.blob.digest} did not come within "
@@ -250,11 +263,13 @@ class Fetcher:
         finally:
             self._slots.used()
 
-    async def _patiently(self, spans: Sequence[int], renewed: trio.CancelScope | None) -> None:
+    async def _patiently(
+        self, spans: Sequence[int], blob: bool, renewed: trio.CancelScope | None
+    ) -> None:
         pause = _PAUSE_SECONDS
         while True:
             try:
-                return await self._arrival(spans, renewed)
+                return await self._arrival(spans, blob, renewed)
             except RegistryError as error:
                 left = trio.current_effective_deadline() - trio.current_time()
                 if not error.transient or left < _PAUSE_SECONDS:
@@ -264,12 +279,15 @@ class Fetcher:
             await trio.sleep(min(rest, left / 2))
             pause = min(2 * pause, _PAUSE_MAX_SECONDS)
 
-    async def _arrival(self, spans: Sequence[int], renewed: trio.CancelScope | None) -> None:
+    async def _arrival(
+        self, spans: Sequence[int], blob: bool, renewed: trio.CancelScope | None
+    ) -> None:
+        is_here = self._is_here(blob)
         for number in spans:
-            while not self.layer.has(number):
+            while not is_here(number):
                 pending = self._pending.get(number)
                 if pending is None:
-                    self._request(range(number, spans[-1] + 1), self._slots.readers)
+                    self._request(range(number, spans[-1] + 1), self._slots.readers, blob=blob)
                     pending = self._pending[number]
                 await pending.arrived.wait()
                 if pending.error is not None:
@@ -279,26 +297,32 @@ class Fetcher:
 
     # --- requests ----------------------------------------------------------------------
 
-    def _request(self, spans: range, limiter: trio.CapacityLimiter) -> None:
+    def _is_here(self, blob: bool) -> Callable[[int], bool]:
+        return self.layer.keeps if blob else self.layer.has
+
+    def _request(self, spans: range, limiter: trio.CapacityLimiter, *, blob: bool = False) -> None:
         """Ask for what is neither here nor on its way, in as few requests as possible."""
+        is_here = self._is_here(blob)
         run: dict[int, _Pending] = {}
         for number in spans:
-            if not self.layer.has(number) and number not in self._pending:
+            if not is_here(number) and number not in self._pending:
                 run[number] = self._pending[number] = _Pending()
             elif run:
-                self._nursery.start_soon(self._run, run, limiter)
+                self._nursery.start_soon(self._run, run, limiter, blob)
                 run = {}
         if run:
-            self._nursery.start_soon(self._run, run, limiter)
+            self._nursery.start_soon(self._run, run, limiter, blob)
 
-    async def _run(self, wanted: dict[int, _Pending], limiter: trio.CapacityLimiter) -> None:
+    async def _run(
+        self, wanted: dict[int, _Pending], limiter: trio.CapacityLimiter, blob: bool
+    ) -> None:
         """One request: for spans without a gap, and for what comes unasked for from a registry
         that sends whole blobs, which is added."""
         error: StoreError | None = None
         numbers = list(wanted)
         try:
             async with limiter:
-                await self._transfer(range(numbers[0], numbers[-1] + 1), wanted)
+                await self._transfer(range(numbers[0], numbers[-1] + 1), wanted, blob)
         except StoreError as failure:
             error = failure
             log.debug("%s: %s", self.layer.diff_id, failure.sentence)
@@ -312,7 +336,7 @@ class Fetcher:
 
     def _promise(self, spans: range) -> dict[int, _Pending]:
         """Note that spans are on their way; those that were not."""
-        fresh = [n for n in spans if n not in self._pending and not self.layer.has(n)]
+        fresh = [n for n in spans if n not in self._pending and not self.layer.keeps(n)]
         promised = {number: _Pending() for number in fresh}
         self._pending.update(promised)
         return promised
@@ -322,11 +346,13 @@ class Fetcher:
         if pending is not None:
             if not self.layer.has(number):
                 pending.error = error or ConnectionLost("a request was given up")
+            elif not self.layer.keeps(number):
+                pending.error = error
             pending.arrived.set()
             if not self._pending and self.layer.whole:
                 self._whole()
 
-    async def _transfer(self, spans: range, pending: dict[int, _Pending]) -> None:
+    async def _transfer(self, spans: range, pending: dict[int, _Pending], blob: bool) -> None:
         gone = threading.Event()
         streams: list[BlobStream] = []
 
@@ -339,7 +365,7 @@ class Fetcher:
             pending.update(trio.from_thread.run_sync(self._promise, more))
 
         def work() -> None:
-            for wanted in self._without_borrowed(spans):
+            for wanted in self._without_borrowed(spans, blob):
                 start = self.layer.table.range_of(wanted[0])[0]
                 end = self.layer.table.range_of(wanted[-1])[1]
                 stream = self._source.open_blob(self.layer.record.blob, start, end - start)
@@ -352,22 +378,32 @@ class Fetcher:
 
         await interruptible(work, interrupt)
 
-    def _without_borrowed(self, spans: range) -> Iterator[range]:
-        """What is left to ask a registry for after what other layers have."""
-        if not self.borrows or not self._lender.can_lend(self.layer):
+    def _without_borrowed(self, spans: range, blob: bool) -> Iterator[range]:
+        """What is left to ask a registry for after what other layers have. A little of that is
+        fetched all the same where a request would have to be cut for it."""
+        if (blob and not self.borrows) or not self._lender.can_lend(self.layer):
             yield spans
             return
-        first: int | None = None
-        for number in spans:
-            if self._lender.lend(self.layer, number):
-                self._landed([number])
-                if first is not None:
-                    yield range(first, number)
-                    first = None
-            elif first is None:
-                first = number
-        if first is not None:
-            yield range(first, spans[-1] + 1)
+        place = self.layer.table.range_of
+        run = range(0)
+        with self._lender.borrower(self.layer) as borrower:
+            for number in spans:
+                if self._borrow(borrower, number, blob):
+                    self._landed([number])
+                elif run and place(number)[0] - place(run[-1])[1] <= GAP:
+                    run = range(run.start, number + 1)
+                else:
+                    if run:
+                        yield run
+                    run = range(number, number + 1)
+        if run:
+            yield run
+
+    def _borrow(self, borrower: Borrower, number: int, blob: bool) -> bool:
+        """Take from other layers what they have of a span; whether that is enough."""
+        if self.borrows and borrower.take(number):
+            return True
+        return not blob and borrower.take_contents(number)
 
     def _landed(self, numbers: list[int]) -> None:
         """From the thread of a request."""

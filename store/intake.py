@@ -72,7 +72,7 @@ class Intake:
     def _add(self, part: memoryview, whole: bool) -> bool:
         """Take a part of the current span; whether it is complete now and right."""
         layer, number = self._layer, self._number
-        if layer.has(number):
+        if layer.keeps(number):
             return False
         if layer.table.is_empty(number):
             layer.take_raw(self._offset, part)

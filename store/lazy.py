@@ -8,6 +8,7 @@ Beside the files of every layer (layers.py), the directory of an incomplete one 
     blob       the registry's bytes, with holes; moves to the store's content at the end
     refused    why the whole blob turned out to be wrong; the layer can't be used then
     unwanted   no image and no container has the layer: it is not filled by itself
+    tails      what follows contents in their spans (tails.py), once somebody may borrow them
 
 ``data`` has its full size from the start, and holes. A span counts as present after its
 bytes, verified, are in ``data`` and in ``blob``. That order is kept by the page cache when a
@@ -16,13 +17,14 @@ verified again.
 
 ``present``, little endian: magic ``ctrfspre``, 16 bytes of the boot's id, u64 bytes of the
 blob that are here; then one byte for each span: 0 missing, 1 here, 2 here from another layer's
-blob.
+blob, 3 its contents are here from another layer, but not the blob's bytes.
 """
 
 import hashlib
 import logging
 import mmap
 import os
+import re
 import struct
 import threading
 import uuid
@@ -44,7 +46,7 @@ from store.errors import (
 from store.inflate import ChunkReader, inflated
 from store.manifest import Descriptor
 from store.span_inflate import are_members, inflate_pieces
-from store.spans import Codec, SpanTable
+from store.spans import Codec, Piece, SpanTable
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,9 @@ MAGIC = b"ctrfspre"
 _HEAD = struct.Struct("<8s16sQ")
 
 # What ``present`` says of a span that is here.
-_HERE, _BORROWED = 1, 2
+_HERE, _BORROWED, _CONTENTS = 1, 2, 3
+_KEPT = re.compile(b"[\1\2]")
+_NOT_KEPT = re.compile(b"[\0\3]")
 
 _PRESENT = "present"
 _REFUSED = "refused"
@@ -209,7 +213,11 @@ class LazyLayer:
             raise CorruptContent(f"{directory}/present is damaged; pull the image again")
         if self._present[8:24] != _boot_id():
             self._recheck()
-        self._left = self._present[_HEAD.size :].count(0)
+        self._count()
+
+    def _count(self) -> None:
+        states = self._present[_HEAD.size :]
+        self._left = states.count(0) + states.count(_CONTENTS)
 
     @property
     def size(self) -> int:
@@ -228,19 +236,26 @@ class LazyLayer:
         return self._left == 0
 
     def has(self, number: int) -> bool:
-        """Whether a span is here."""
+        """Whether the contents of a span are here."""
         return bool(self._present[_HEAD.size + number])
 
+    def keeps(self, number: int) -> bool:
+        """Whether all of a span is here, the blob's bytes as well."""
+        return self._present[_HEAD.size + number] in (_HERE, _BORROWED)
+
     def next_absent(self, number: int) -> int:
-        """The first span from ``number`` on that is not here; the number of spans if none is."""
-        at = self._present.find(b"\0", _HEAD.size + number)
-        return self.table.spans if at < 0 else at - _HEAD.size
+        """The first span from ``number`` on of which something is missing; the number of spans if
+        there is none."""
+        return self._next(_NOT_KEPT, number)
 
     def next_present(self, number: int) -> int:
-        """The first span from ``number`` on that is here; the number of spans if none is."""
-        while number < self.table.spans and not self.has(number):
-            number += 1
-        return number
+        """The first span from ``number`` on all of which is here; the number of spans if there is
+        none."""
+        return self._next(_KEPT, number)
+
+    def _next(self, states: re.Pattern[bytes], number: int) -> int:
+        found = states.search(self._present, _HEAD.size + number)
+        return found.start() - _HEAD.size if found else self.table.spans
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the data file, whose spans must be here."""
@@ -272,14 +287,31 @@ class LazyLayer:
             DigestMismatch: they are wrong; nothing was kept.
             StorageFailed: the disk is full or failed.
         """
-        if self.has(number):
+        if self.keeps(number):
             return
         contents = list(inflate_pieces(self.table, number, blob))
+        if not self.has(number):
+            self._write_contents(contents)
+        self.take_raw(self.table.range_of(number)[0], blob)
+        self.arrived(number, _BORROWED if borrowed else _HERE)
+
+    def take_contents(self, number: int, contents: Sequence[bytes]) -> None:
+        """Verify the contents of a span's pieces, which come from elsewhere, and keep them. The
+        blob's bytes are still missing. Raises as ``take``."""
+        pieces = list(self.table.pieces_of(self.table.span(number)))
+        for piece, content in zip(pieces, contents, strict=True):
+            if hashlib.sha256(content).digest() != piece.digest:
+                raise DigestMismatch(f"what another layer has of {self.diff_id} is damaged")
+        views = [(piece, memoryview(c)) for piece, c in zip(pieces, contents, strict=True)]
+        self._write_contents(views)
+        with self._lock:
+            if not self.has(number):
+                self._present[_HEAD.size + number] = _CONTENTS
+
+    def _write_contents(self, contents: Sequence[tuple[Piece, memoryview]]) -> None:
         with storage(f"writing the layer in {self.directory}"):
             for piece, content in contents:
                 _write(self.data_fd, content, piece.target)
-        self.take_raw(self.table.range_of(number)[0], blob)
-        self.arrived(number, _BORROWED if borrowed else _HERE)
 
     def take_raw(self, offset: int, piece: memoryview) -> None:
         """Keep bytes of the blob that nobody reads before the layer is complete."""
@@ -290,7 +322,7 @@ class LazyLayer:
         """All bytes of a span are kept."""
         start, end = self.table.range_of(number)
         with self._lock:
-            if not self.has(number):
+            if not self.keeps(number):
                 # The sum first: a process that dies in between leaves one that is too high by
                 # one span, which only a percentage shows.
                 struct.pack_into("<Q", self._present, 24, self.fetched + end - start)
@@ -301,21 +333,20 @@ class LazyLayer:
         """A span has to come again."""
         start, end = self.table.range_of(number)
         with self._lock:
-            if self.has(number):
-                self._present[_HEAD.size + number] = 0
+            if self.keeps(number):
                 struct.pack_into("<Q", self._present, 24, self.fetched - (end - start))
                 self._left += 1
+            self._present[_HEAD.size + number] = 0
 
     def _recheck(self) -> None:
         """After a power cut: what was verified may never have reached the disk."""
         log.info("verifying what is here of %s after a restart of the machine", self.diff_id)
-        self._left = self._present[_HEAD.size :].count(0)
+        self._count()
         for number in range(self.table.spans):
-            if not self.has(number):
-                continue
-            start, end = self.table.range_of(number)
+            kept = self.keeps(number)
             self.forget(number)
-            if self.table.span(number).count:
+            start, end = self.table.range_of(number)
+            if kept and self.table.span(number).count:
                 # What holds no contents can't be verified alone, and is short.
                 with suppress(DigestMismatch):
                     self.take(number, memoryview(os.pread(self._blob, end - start, start)))

@@ -1,23 +1,29 @@
 """Chunks that another layer in the store has already, so that no registry need send them.
 
-A span is borrowed as the registry would send it, compressed, when the other blob has one with
-the same first chunk and the same length: mostly the same converter has made both of the same
-file. Its contents are verified by their digests before they count. What lies between contents
-may differ all the same, which the digest of the whole blob tells at the end: then what was
-borrowed is fetched after all.
+A span is borrowed as the registry would send it, compressed, when the other blob has one with the
+same first chunk, the same files after it (``tails.py``) and the same length: mostly the same
+converter has made both of the same file. Its contents are verified by their digests before they
+count. Something may differ all the same, as a name of an owner, which the digest of the whole blob
+tells at the end: then what was borrowed is fetched after all.
+
+Where that is not possible, whoever reads gets the contents alone from another layer's data file,
+and the registry is asked for the blob's bytes when there is time.
 """
 
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from store import lazy
 from store.cas import Cas
 from store.errors import CorruptContent, DigestMismatch
 from store.lazy import LazyLayer
 from store.pieces import Pieces
-from store.spans import SpanTable
+from store.spans import Piece, SpanTable
+from store.tails import Tails, write_tails
 
 
 class Lender:
@@ -37,65 +43,169 @@ class Lender:
 
     def add(self, layer: LazyLayer) -> None:
         """Have a layer lend what it has, or will have. Blocks."""
+        with suppress(CorruptContent, OSError):  # it lends no spans then
+            write_tails(layer.directory, layer.table)
         self._pieces.add(layer.directory.name, layer.table)
 
     def can_lend(self, layer: LazyLayer) -> bool:
         """Whether there is anything to ask for."""
         return self._pieces.others(layer.directory.name)
 
-    def lend(self, layer: LazyLayer, number: int) -> bool:
-        """Give a layer a span that it lacks; whether that was possible. Blocks.
+    def borrower(self, layer: LazyLayer) -> "Borrower":
+        """What a layer borrows with; a context manager, for one thread and a few seconds."""
+        return Borrower(self._pieces, self._other, layer)
 
-        Raises:
-            StorageFailed: it could not be written.
-        """
+    def close(self) -> None:
+        """Close the index."""
+        self._pieces.close()
+
+    def _other(self, name: str) -> "_Open | _Complete":
+        """Another layer. Raises FileNotFoundError: it is gone, or incomplete and not open."""
+        opened = self._opened(name)
+        if opened is not None and not opened.complete:
+            return _Open(opened)
+        directory = self._layers / name
+        if not directory.is_dir():
+            self._pieces.forget(name)
+            raise FileNotFoundError
+        if not lazy.is_complete(directory):
+            raise FileNotFoundError
+        return _Complete(directory, self._cas)
+
+
+class Borrower:
+    """Takes from other layers what one layer lacks. Methods block, and raise StorageFailed when it
+    could not be written."""
+
+    def __init__(
+        self, pieces: Pieces, find: Callable[[str], "_Open | _Complete"], layer: LazyLayer
+    ) -> None:
+        self._pieces = pieces
+        self._find = find
+        self._layer = layer
+        self._others: dict[str, _Open | _Complete] = {}
+        self._tails = Tails(layer.directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for other in self._others.values():
+            other.close()
+        self._tails.close()
+
+    def take(self, number: int) -> bool:
+        """Take a span as the registry would send it; whether that was possible."""
+        layer = self._layer
         span = layer.table.span(number)
-        if not span.count:
+        tail = self._tails.of(number)
+        if not span.count or tail is None:
             return False
         digest = layer.table.piece(span.first).digest
-        for name, other in self._pieces.find(digest, layer.directory.name):
+        for name, there in self._pieces.find(digest, layer.directory.name):
             with suppress(CorruptContent, OSError):  # the other layer may be going just now
-                blob = self._read(name, other, span.end - span.start)
+                other = self._other(name, there)
+                start, end = other.table.range_of(there)
+                if end - start != span.end - span.start or other.tails.of(there) != tail:
+                    continue
+                blob = other.read_blob(there)
                 if blob is not None:
                     with suppress(DigestMismatch):
                         layer.take(number, memoryview(blob), borrowed=True)
                         return True
         return False
 
-    def _read(self, name: str, number: int, length: int) -> bytes | None:
-        """The bytes of a span of another layer, if there are so many and they are here."""
-        opened = self._opened(name)
-        if opened is not None and not opened.complete:
-            start, end = self._range(name, number, opened.table)
-            return opened.read_blob(number) if end - start == length else None
-        directory = self._layers / name
-        if not directory.is_dir():
-            self._pieces.forget(name)
-            return None
-        if not lazy.is_complete(directory):
-            return None
-        table = SpanTable(directory / "spans")
-        try:
-            start, end = self._range(name, number, table)
-        finally:
-            table.close()
-        if end - start != length:
-            return None
-        descriptor = os.open(
-            self._cas.path(lazy.read_record(directory).blob.content), os.O_RDONLY | os.O_CLOEXEC
-        )
-        try:
-            return os.pread(descriptor, length, start)
-        finally:
-            os.close(descriptor)
+    def take_contents(self, number: int) -> bool:
+        """Take the contents of a span, without the blob's bytes; whether that was possible."""
+        contents = []
+        for piece in self._layer.table.pieces_of(self._layer.table.span(number)):
+            content = self._content(piece)
+            if content is None:
+                return False
+            contents.append(content)
+        with suppress(DigestMismatch):
+            if contents:
+                self._layer.take_contents(number, contents)
+                return True
+        return False
 
-    def _range(self, name: str, number: int, table: SpanTable) -> tuple[int, int]:
-        """Where a span is in its blob; an empty range if the layer was made anew with others."""
-        if number < table.spans:
-            return table.range_of(number)
-        self._pieces.forget(name)
-        return 0, 0
+    def _content(self, piece: Piece) -> bytes | None:
+        """The bytes of a piece from another layer's data file; they are not verified."""
+        for name, number in self._pieces.find(piece.digest, self._layer.directory.name):
+            with suppress(CorruptContent, OSError):
+                other = self._other(name, number)
+                for found in other.table.pieces_of(other.table.span(number)):
+                    if (found.digest, found.size) == (piece.digest, piece.size):
+                        return other.read(found.target, found.size)
+        return None
+
+    def _other(self, name: str, number: int) -> "_Open | _Complete":
+        """Another layer that has a span.
+
+        Raises:
+            FileNotFoundError: the span is not here, or the layer is gone or was made anew.
+        """
+        other = self._others.get(name)
+        if other is None:
+            other = self._others[name] = self._find(name)
+        if number >= other.table.spans:
+            self._pieces.forget(name)
+            raise FileNotFoundError
+        if not other.has(number):
+            raise FileNotFoundError
+        return other
+
+
+class _Open:
+    """An incomplete layer, which somebody else has opened."""
+
+    def __init__(self, layer: LazyLayer) -> None:
+        self.table = layer.table
+        self.tails = Tails(layer.directory)
+        self.has = layer.has
+        self.read = layer.read
+        self.read_blob = layer.read_blob
 
     def close(self) -> None:
-        """Close the index."""
-        self._pieces.close()
+        self.tails.close()
+
+
+class _Complete:
+    """A complete layer."""
+
+    def __init__(self, directory: Path, cas: Cas) -> None:
+        self.table = SpanTable(directory / "spans")
+        self.tails = Tails(directory)
+        self._data = self._blob = -1
+        try:
+            blob = cas.path(lazy.read_record(directory).blob.content)
+            self._data = os.open(directory / "data", os.O_RDONLY | os.O_CLOEXEC)
+            with suppress(FileNotFoundError):
+                self._blob = os.open(blob, os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            self.close()
+            raise
+
+    def has(self, number: int) -> bool:
+        return True
+
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self._data, length, offset)
+
+    def read_blob(self, number: int) -> bytes | None:
+        if self._blob < 0:
+            return None
+        start, end = self.table.range_of(number)
+        return os.pread(self._blob, end - start, start)
+
+    def close(self) -> None:
+        self.table.close()
+        self.tails.close()
+        for descriptor in (self._data, self._blob):
+            if descriptor >= 0:
+                os.close(descriptor)

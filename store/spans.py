@@ -41,7 +41,7 @@ _TARGET = struct.Struct("<Q")
 _NONE = bytes(32)
 
 # So many bytes of the blob cost less than a request of their own, even where the line is slow.
-_GAP = 64 << 10
+GAP = 64 << 10
 
 # A deflate stream looks back at most this far (RFC 1951).
 WINDOW = 32 << 10
@@ -309,7 +309,7 @@ class SpanTable:
         found = [spans for spans in starmap(self.spans_for, ranges) if spans]
         runs: list[range] = []
         for spans in sorted(found, key=lambda spans: (spans.start, spans.stop)):
-            if runs and self._gap(runs[-1], spans) <= _GAP:
+            if runs and self._gap(runs[-1], spans) <= GAP:
                 runs[-1] = range(runs[-1].start, max(runs[-1].stop, spans.stop))
             else:
                 runs.append(spans)

@@ -25,13 +25,15 @@ async def fetch_ranges(fetcher: Fetcher, ranges: Iterable[tuple[int, int]]) -> N
         StoreError: they can't be had within the time that readers wait.
     """
     table = fetcher.layer.table
-    await _fetch(fetcher, (part for run in table.runs_for(ranges) for part in _parts(table, run)))
+    runs = table.runs_for(ranges)
+    await _fetch(fetcher, (part for run in runs for part in _parts(table, run)), blob=False)
 
 
 async def fetch_rest(fetcher: Fetcher) -> None:
     """Wait until everything is here that was missing. Raises as ``fetch_ranges``."""
     layer = fetcher.layer
-    await _fetch(fetcher, (part for run in _missing(layer) for part in _parts(layer.table, run)))
+    parts = (part for run in _missing(layer) for part in _parts(layer.table, run))
+    await _fetch(fetcher, parts, blob=True)
 
 
 def runs_in_order(table: SpanTable, ranges: Iterable[tuple[int, int]]) -> Iterator[range]:
@@ -47,14 +49,14 @@ def runs_in_order(table: SpanTable, ranges: Iterable[tuple[int, int]]) -> Iterat
     yield from table.runs_for(batch)
 
 
-async def _fetch(fetcher: Fetcher, parts: Iterator[range]) -> None:
+async def _fetch(fetcher: Fetcher, parts: Iterator[range], *, blob: bool) -> None:
     failure: StoreError | None = None
 
     async def work() -> None:
         nonlocal failure
         for part in parts:
             try:
-                await fetcher.fetch(part)
+                await fetcher.fetch(part, blob=blob)
             except StoreError as error:
                 failure = failure or error
                 nursery.cancel_scope.cancel()

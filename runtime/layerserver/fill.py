@@ -86,7 +86,7 @@ class Filler:
 
     def _may_fill(self, fetcher: Fetcher, now: float) -> bool:
         """Whether a layer has not failed just now, and some image and the disk have room for it."""
-        if self._resting.get(fetcher, now) > now:
+        if not fetcher.fillable or self._resting.get(fetcher, now) > now:
             return False
         return is_wanted(fetcher.layer.directory) and _has_room(fetcher.layer.directory)
 
@@ -114,7 +114,7 @@ class Filler:
         length = min(self._length, self.rate or self._length)
         stop = table.span_at(min(start + length, table.blob_size) - 1) + 1
         stop = min(stop, layer.next_present(first))
-        await fetcher.bring(range(first, stop), self._limiter)
+        await fetcher.bring(range(first, stop), self._limiter, blob=True)
         return table.range_of(stop - 1)[1] - start
 
 

@@ -188,6 +188,7 @@ class LayerServer:
         known = self._fetchers.get(diff_id)
         if known is not None:
             if known.layer.is_there:
+                self._filler.wake()  # an image may have it by now
                 return known
             del self._fetchers[diff_id]
         if not directory.is_dir():
@@ -236,6 +237,8 @@ class LayerServer:
             await self._prefetch(fetcher, [range(layer.table.span_at(end - 1) + 1)])
         await self._slots.quiet()
         await self._enter()
+        fetcher.fillable = True
+        self._filler.wake()
 
     async def _enter(self) -> None:
         while self._to_enter:

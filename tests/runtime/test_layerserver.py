@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from runtime import linux
-from runtime.layerserver import protocol, server
+from runtime.layerserver import fill, protocol, server
 from runtime.layerserver.client import LayerServerFailed
 from runtime.layerserver.protocol import (
     Configure,
@@ -309,6 +309,19 @@ async def test_without_filling_nothing_comes_by_itself(
         config = msgspec.structs.replace(site.config, lazy=settings)
         await site.client._ask(Configure(config))
         await site.told("complete")
+
+
+async def test_filling_begins_as_soon_as_an_image_has_the_layer(
+    tmp_path: Path, front: Proxy, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fill, "_RETRY_SECONDS", 1000.0)
+    site = Site(tmp_path, "fanotify", fill=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(LayerServer(site.root, site.run, site.config).run)
+        await until((site.run / protocol.PID_FILE).exists)
+        async with site.opened():
+            await site.pull(f"{front.host}/{name}")
+            await site.told("complete")
 
 
 async def test_what_nobody_wants_any_more_is_not_filled(

@@ -333,7 +333,7 @@ async def test_one_wrong_chunk_spoils_no_other(place: Place, proxy: Proxy) -> No
 async def finished(place: Place, fetcher: Fetcher) -> None:
     """Bring the rest, verify and complete."""
     limiter = trio.CapacityLimiter(1)
-    await fetcher.bring(range(fetcher.layer.table.spans), limiter)
+    await fetcher.bring(range(fetcher.layer.table.spans), limiter, blob=True)
     fetcher.layer.verify(lambda: False)
     fetcher.layer.finish(place.cas)
 
@@ -407,7 +407,7 @@ async def test_what_another_image_has_is_not_fetched(
     async with place.fetching() as fetcher:
         await finished(place, fetcher)
         fetcher._lender.add(fetcher.layer)
-    other = HandMade({"new": noise(99, 1000), "d": FILES["d"]})
+    other = HandMade({"new": noise(99, 1000), "d": FILES["d"], "last": noise(98, 100)})
     blob = layout.blob(other.blob, GZIP)
     registry.push(layout, layout.manifest([blob], [other.diff_id]), "fetch/borrower", "v1")
     borrower = Place(
@@ -421,7 +421,10 @@ async def test_what_another_image_has_is_not_fetched(
     async with borrower.fetching() as fetcher:
         assert await read_all(fetcher) == other.data
         assert sum(end - start for start, end in asked(proxy)) < 3000
+        assert not fetcher.layer.whole
+        fetcher._lender.add(fetcher.layer)
         await finished(borrower, fetcher)
+        assert sum(end - start for start, end in asked(proxy)) < 5000
 
 
 async def test_what_was_borrowed_wrongly_comes_from_the_registry(place: Place) -> None:
@@ -438,7 +441,8 @@ async def test_what_was_borrowed_wrongly_comes_from_the_registry(place: Place) -
     async with place.fetching() as fetcher:
         fetcher._lender.add(lender)
         layer, limiter = fetcher.layer, trio.CapacityLimiter(1)
-        await fetcher.bring(range(layer.table.spans), limiter)
+        fetcher._lender.add(layer)
+        await fetcher.bring(range(layer.table.spans), limiter, blob=True)
         with pytest.raises(DigestMismatch, match="the layer's blob"):
             layer.verify(lambda: False)
         assert layer.forget_borrowed() and not layer.forget_borrowed()

@@ -9,10 +9,14 @@ import pytest
 
 from store.cas import Cas, Digest
 from store.errors import DigestMismatch, StorageFailed
+from store.index import read_index
 from store.layers import Layers
 from store.lazy import LazyLayer, LazyRecord
 from store.lender import Lender
 from store.manifest import Descriptor
+from store.toc import read_toc
+from store.unpack import LayerLimits
+from tests.support import lazy, tars
 from tests.support.layouts import GZIP, sha256
 from tests.support.spans import CHUNK, HandMade, nobody_fills, take_all, with_other_times
 
@@ -64,7 +68,8 @@ def old() -> HandMade:
 
 @pytest.fixture
 def new() -> HandMade:
-    return HandMade({"new": random.Random(2).randbytes(500), **SHARED})
+    last = {"last": random.Random(4).randbytes(100)}
+    return HandMade({"new": random.Random(2).randbytes(500), **SHARED, **last})
 
 
 def complete(place: Place, layer: LazyLayer, blob: bytes) -> None:
@@ -75,7 +80,8 @@ def complete(place: Place, layer: LazyLayer, blob: bytes) -> None:
 
 def lend_all(place: Place, layer: LazyLayer) -> int:
     """How many spans the others had."""
-    return sum(place.lender.lend(layer, number) for number in range(layer.table.spans))
+    with place.lender.borrower(layer) as borrower:
+        return sum(map(borrower.take, range(layer.table.spans)))
 
 
 def test_an_incomplete_layer_lends_what_it_has(place: Place, old: HandMade, new: HandMade) -> None:
@@ -222,3 +228,100 @@ def test_a_lender_of_an_earlier_run_is_known(place: Place, old: HandMade, new: H
     place.end()
     place.lender = Lender(place.root / "layers", place.cas, place.opened.get)
     assert lend_all(place, place.add(new)) == 9
+
+
+def contents_lent(place: Place, layer: LazyLayer) -> int:
+    """How many spans got their contents alone."""
+    with place.lender.borrower(layer) as borrower:
+        return sum(map(borrower.take_contents, range(layer.table.spans)))
+
+
+@pytest.mark.parametrize("state", ["open", "complete", "closed"])
+def test_contents_are_lent_whatever_is_around_them(
+    place: Place, old: HandMade, new: HandMade, state: str
+) -> None:
+    lender, layer = place.add(old), place.add(new)
+    assert contents_lent(place, layer) == 0
+    take_all(lender, old.blob)
+    if state != "open":
+        lender.verify(lambda: False)
+        lender.finish(place.cas)
+    if state == "closed":
+        place.close(lender)
+    before = layer.fetched
+    assert contents_lent(place, layer) == 9
+    assert layer.fetched == before
+    entry = new.entries[1]
+    assert layer.read(entry.offset, len(SHARED["x"])) == SHARED["x"]
+    # The blob is not whole by that, also in the eyes of the next process.
+    again = LazyLayer(layer.directory, layer.diff_id)
+    for one in (layer, again):
+        assert one.has(3) and not one.keeps(3) and not one.whole
+        assert one.next_absent(3) == 3 and one.next_present(3) == one.table.spans
+    again.close()
+    take_all(layer, new.blob)
+    assert layer.whole and layer.fetched == len(new.blob)
+    layer.verify(lambda: False)
+
+
+def test_damaged_contents_are_not_taken(place: Place, old: HandMade, new: HandMade) -> None:
+    lender, layer = place.add(old), place.add(new)
+    complete(place, lender, old.blob)
+    os.pwrite(lender.data_fd, b"\0", old.entries[0].offset + 1000)
+    assert contents_lent(place, layer) == 8
+
+
+def test_contents_of_a_layer_that_has_gone(place: Place, old: HandMade, new: HandMade) -> None:
+    lender, layer = place.add(old), place.add(new)
+    complete(place, lender, old.blob)
+    place.close(lender)
+    place.layers.remove(Digest(old.diff_id))
+    assert contents_lent(place, layer) == 0
+    assert not place.lender.can_lend(layer)
+
+
+# --- members that go on after their contents ----------------------------------------------
+
+
+def estargz_place(place: Place, *parts: bytes) -> tuple[LazyLayer, lazy.LazyBlob]:
+    """A layer as eStargz, in which a member holds a content and the headers that follow."""
+    blob = lazy.estargz(tars.archive(*parts))
+    toc = read_toc(blob.layer, blob.read, LayerLimits())
+    assert toc is not None
+    record = LazyRecord(blob.layer, ("docker://nowhere.example/x:1",))
+    found = place.layers.add_lazy(blob.diff_id, toc, record, [], nobody_fills)
+    layer = LazyLayer(found.directory, found.diff_id)
+    place.opened[found.directory.name] = layer
+    return layer, blob
+
+
+A, B, C, D = (
+    tars.entry(n, data=random.Random(n).randbytes(5000)) for n in (b"a", b"b", b"c", b"d")
+)
+LATER_B = tars.entry(b"b", data=random.Random(b"b").randbytes(5000), mtime=7)
+
+
+@pytest.mark.parametrize(
+    ("ours", "lent"),
+    [
+        ((A, B, D), [b"a"]),
+        ((A, C), [b"c"]),
+        ((A, LATER_B, C), [b"b", b"c"]),
+        ((A, tars.directory(b"between"), B, C), [b"b", b"c"]),
+        ((A, B, C, tars.directory(b"end")), [b"a", b"b"]),
+        ((D, A, B, C), [b"a", b"b", b"c"]),
+    ],
+)
+def test_what_follows_must_be_the_same(place: Place, ours: list[bytes], lent: list[bytes]) -> None:
+    lender, blob = estargz_place(place, A, B, C)
+    layer, own = estargz_place(place, *ours)
+    place.lender.add(lender)
+    take_all(lender, blob.data)
+    assert lend_all(place, layer) == 0  # what follows in it is not known
+    place.lender.add(layer)
+    lend_all(place, layer)
+    entries = read_index(layer.directory / "index")
+    spans = {e.path: layer.table.spans_for(e.offset, 1)[0] for e in entries if e.size}
+    assert [path for path, number in spans.items() if layer.keeps(number)] == lent
+    take_all(layer, own.data)
+    layer.verify(lambda: False)
