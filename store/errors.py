@@ -53,9 +53,10 @@ def storage(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        code = error.errno or 0
+        remedy = _REMEDIES.get(code, _CHECK_PATH if code in _PATH_ERRORS else _CHECK_DISK)
         raise StorageFailed(
-            f"{doing} failed: {error.strerror}; {_REMEDIES.get(error.errno or 0, _CHECK_DISK)}",
-            errno=error.errno,
+            f"{doing} failed: {error.strerror}; {remedy}", errno=error.errno
         ) from error
 
 
@@ -67,6 +68,10 @@ _REMEDIES = {
     errno.EACCES: "run ctrfs as root",
     errno.EPERM: "run ctrfs as root",
 }
+_CHECK_PATH = "see whether the path is right"
+_PATH_ERRORS = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+)
 
 # What is wrong here, wherever the bytes come from.
 DISK_ERRORS = frozenset(_REMEDIES)

@@ -71,7 +71,7 @@ def _document(
     watcher.begin(f"reading {label}", layer.size)
     with (
         storage(f"writing to {_WORKSPACE}"),
-        tempfile.NamedTemporaryFile(prefix="ctrfs-layer-", dir=_WORKSPACE) as file,
+        tempfile.TemporaryFile(dir=_WORKSPACE) as file,
     ):
         digest = hashlib.sha256()
         for piece in received(registry, layer, config.patience, watcher.advance):
@@ -84,4 +84,5 @@ def _document(
                 f"sha256:{digest.hexdigest()}; try again, or push the image again"
             )
         watcher.begin(f"indexing {label}", 0)
-        return make_document(Path(file.name), layer, diff_id, config.layers, lambda: False)
+        path = Path(f"/proc/self/fd/{file.fileno()}")
+        return make_document(path, layer, diff_id, config.layers, lambda: False)

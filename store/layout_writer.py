@@ -1,9 +1,6 @@
 """Writing images into an OCI image layout (OCI image-layout.md, version 1)."""
 
-import fcntl
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +13,7 @@ from store.errors import InvalidManifest, storage
 from store.manifest import Descriptor
 from store.oci_layout import REF_NAME
 from store.reference import LayoutSource
+from store.workspace import Workspace, lock
 
 # Begins the names of directories in which a writer keeps its blobs, locked as long as it lives.
 _WORKSPACE = ".ctrfs-"
@@ -40,9 +38,8 @@ class LayoutTarget:
         with storage(f"making the image layout {self._path}"):
             self._is_ours = _make(self._path)
             with _locked(self._path):
-                _remove_abandoned(self._path)
-                self.workspace = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=self._path))
-                self._lock = _lock(self.workspace)
+                self._directory = Workspace(self._path, _WORKSPACE)
+        self.workspace = self._directory.path
         return self
 
     def __exit__(
@@ -51,8 +48,7 @@ class LayoutTarget:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.workspace)
-        os.close(self._lock)
+        self._directory.remove()
         if error is not None and self._is_ours:
             # Only what is empty: somebody else may have begun to use it.
             with suppress(OSError):
@@ -132,33 +128,14 @@ def _is_empty(path: Path) -> bool:
     return all(entry.name.startswith(_WORKSPACE) for entry in path.iterdir())
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove what writers that were killed have left. Needs the layout's lock."""
-    for workspace in path.glob(f"{_WORKSPACE}*"):
-        with suppress(OSError):  # its writer lives
-            os.close(_lock(workspace))
-            shutil.rmtree(workspace)
-
-
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Two that write into one layout must not overwrite each other's index."""
-    descriptor = _lock(directory, wait=True)
+    descriptor = lock(directory, wait=True)
     try:
         yield
     finally:
         os.close(descriptor)
-
-
-def _lock(directory: Path, *, wait: bool = False) -> int:
-    """A descriptor that has the directory locked. Raises BlockingIOError: another has."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _parsed(path: Path) -> dict[str, Any]:

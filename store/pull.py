@@ -17,6 +17,7 @@ from store.errors import (
     DISK_ERRORS,
     ContentNeeded,
     CorruptContent,
+    InvalidLayer,
     InvalidReference,
     NotLazy,
     StoreError,
@@ -227,11 +228,14 @@ class Pulls:
         """Layers that don't fit together are found out now, and what it takes to mount them
         is made now, not when the first container starts."""
         try:
-            await trio.to_thread.run_sync(self._store.rootfs_layers, image)
-        except ContentNeeded as needed:
-            for diff_id in needed.diff_ids:
-                await self._complete(Digest(diff_id))
-            await trio.to_thread.run_sync(self._store.rootfs_layers, image)
+            try:
+                await trio.to_thread.run_sync(self._store.rootfs_layers, image)
+            except ContentNeeded as needed:
+                for diff_id in needed.diff_ids:
+                    await self._complete(Digest(diff_id))
+                await trio.to_thread.run_sync(self._store.rootfs_layers, image)
+        except InvalidLayer as error:
+            raise _named(error, image.name) from None
 
     async def _serve(self, filling: Filling, image: Image) -> None:
         """Have lazy layers served, and what is wanted first of them fetched."""
@@ -263,7 +267,7 @@ class Pulls:
                 await self._layer(part, layer, diff_id, state)
             except StoreError as error:
                 if failure is None:
-                    failure = _named(error, part.name, layer)
+                    failure = _named(error, part.name, f"layer {layer.digest}")
                 nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
@@ -395,9 +399,9 @@ def _chosen_name(text: str | None) -> str | None:
     return str(reference)
 
 
-def _named(error: StoreError, name: str, layer: Descriptor) -> StoreError:
+def _named(error: StoreError, *names: str) -> StoreError:
     """The error with image and layer in its sentence; what unpacks a layer doesn't know them."""
-    missing = [part for part in (name, f"layer {layer.digest}") if part not in error.sentence]
+    missing = [name for name in names if name not in error.sentence]
     error.sentence = ": ".join(
         [", ".join(missing), error.sentence] if missing else [error.sentence]
     )

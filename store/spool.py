@@ -84,7 +84,7 @@ def spool(
     with storage(f"making a temporary file in {directory}"):
         file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
     try:
-        members, size = _fill(file, chunks, media_type, diff_id, limits)
+        members, size = _fill(file, chunks, media_type, diff_id, limits, directory)
     except BaseException:
         file.close()
         raise
@@ -92,12 +92,17 @@ def spool(
 
 
 def _fill(
-    file: FileIO, chunks: Iterator[bytes], media_type: str, diff_id: Digest, limits: LayerLimits
+    file: FileIO,
+    chunks: Iterator[bytes],
+    media_type: str,
+    diff_id: Digest,
+    limits: LayerLimits,
+    directory: Path,
 ) -> tuple[list[Member], int]:
     source = ChunkReader(chunks)
     reader = inflated(source, media_type)
     digest = hashlib.sha256()
-    index = _Index(file, limits)
+    index = _Index(file, limits, directory)
     total = 0
     with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as parsing:
         ring = Ring()
@@ -132,8 +137,9 @@ class _Nowhere:
 class _Index:
     """Writes the archive and notes its entries."""
 
-    def __init__(self, file: FileIO, limits: LayerLimits) -> None:
+    def __init__(self, file: FileIO, limits: LayerLimits, directory: Path) -> None:
         self._file = file
+        self._directory = directory
         self._limits = limits
         self._parser = TarParser(_Nowhere())
         self.members: list[Member] = []
@@ -147,7 +153,7 @@ class _Index:
             self.members.append(Member(entry, self._head, place))
             self._head = place.start + place.stored + -place.stored % 512
             self._check(entry)
-        with storage("writing a temporary file"):
+        with storage(f"writing a temporary file in {self._directory}"):
             while view:
                 view = view[self._file.write(view) :]
 

@@ -132,7 +132,9 @@ def encode_device(major: int, minor: int) -> int:
 
 
 def wrong_size(path: bytes, size: int) -> InvalidLayer:
-    return InvalidLayer(f"{shown(path)} in the layer has the size {size}")
+    return InvalidLayer(
+        f"{shown(path)} in the layer has the size {size}, which no file has; {REBUILD}"
+    )
 
 
 def _check_path(path: bytes) -> None:

@@ -1,15 +1,14 @@
 """Where an image that was made here goes: a registry, or a layout on disk."""
 
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 from store.config import StoreConfig
-from store.errors import storage
 from store.manifest import Descriptor
 from store.push import Pusher
 from store.reference import Reference
+from store.workspace import temporary_workspace
 
 
 class Target(Protocol):
@@ -50,8 +49,8 @@ class RegistryTarget:
         self._pusher = Pusher(reference, config)
 
     def __enter__(self) -> Self:
-        self._directory = temporary_directory()
-        self.workspace = Path(self._directory.name)
+        self._directory = temporary_workspace()
+        self.workspace = self._directory.path
         return self
 
     def __exit__(
@@ -61,7 +60,7 @@ class RegistryTarget:
         traceback: TracebackType | None,
     ) -> None:
         self._pusher.close()
-        self._directory.cleanup()
+        self._directory.remove()
 
     def has(self, blob: Descriptor) -> bool:
         """One request."""
@@ -75,18 +74,3 @@ class RegistryTarget:
     def put_manifest(self, manifest: Descriptor, data: bytes) -> None:
         """Upload it, under the reference's tag."""
         self._pusher.put_manifest(data, manifest.media_type)
-
-
-def temporary_directory() -> "tempfile.TemporaryDirectory[str]":
-    """A directory for layers on their way, gone at the end of the block.
-
-    In /var/tmp, since /tmp is in memory on many machines, unless $TMPDIR says otherwise.
-
-    Raises:
-        StorageFailed: it can't be made.
-    """
-    default = tempfile.gettempdir()
-    with storage("making a temporary directory"):
-        return tempfile.TemporaryDirectory(
-            prefix="ctrfs-", dir="/var/tmp" if default == "/tmp" else default
-        )

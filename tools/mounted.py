@@ -17,7 +17,7 @@ from store.manifest import OCI_MANIFEST, Descriptor, check_limit
 from store.oci_layout import FileBlob, Layout
 from store.platform import Platform, parse_platform
 from store.reference import LayoutSource, parse_reference
-from store.target import temporary_directory
+from store.workspace import temporary_workspace
 from tools import instance
 from tools.instance import CommandFailed
 
@@ -90,8 +90,8 @@ def mounted_image(
     _fetch_all(image, mountpoint)
     entry = Descriptor(_media_type(manifest), digest_of(manifest), len(manifest))
     index = {"schemaVersion": 2, "manifests": [msgspec.to_builtins(entry)]}
-    with temporary_directory() as temporary:
-        directory = Path(temporary)
+    with temporary_workspace() as temporary:
+        directory = temporary.path
         with storage(f"writing to {directory}"):
             (directory / "index.json").write_bytes(msgspec.json.encode(index))
             (directory / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
@@ -134,8 +134,8 @@ class MountedTarget:
         self._name = str(parse_reference(name))
 
     def __enter__(self) -> Self:
-        self._directory = temporary_directory()
-        self._source = LayoutSource(Path(self._directory.name), _TAG)
+        self._directory = temporary_workspace()
+        self._source = LayoutSource(self._directory.path / "layout", _TAG)
         self._layout = LayoutTarget(self._source).__enter__()
         self.workspace = self._layout.workspace
         return self
@@ -146,7 +146,7 @@ class MountedTarget:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._directory.cleanup()
+        self._directory.remove()
 
     def has(self, blob: Descriptor) -> bool:
         """The layout is empty."""
