@@ -1,7 +1,6 @@
 """`ctrfs convert`: from any place an image can be to any other, made fit for lazy loading."""
 
 import errno
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from store.source import Source
 from store.target import RegistryTarget, Target
 from tools.convert_progress import progress
 from tools.instance import CommandFailed
+from tools.interruption import heed_sigterm
 from tools.mounted import MountedTarget, find_mount, mounted_image
 from tools.places import parse_place
 
@@ -49,7 +49,7 @@ def run(request: Request) -> Digest:
         CtrfsError: it could not be done, and nothing has appeared at the target.
         KeyboardInterrupt: SIGINT or SIGTERM came; nothing has appeared.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heed_sigterm()
     config = load(request.config).store
     platform = parse_platform(request.platform) if request.platform else None
     trace = _trace(request) if request.trace else []

@@ -11,6 +11,7 @@ from pathlib import Path
 from store.errors import CtrfsError
 from tools import instance, mountpoint
 from tools.instance import CommandFailed
+from tools.interruption import Terminated
 from tools.options import DEFAULT_ROOT, Options
 
 # The daemon unmounts and closes its database within a second; with a pull under way its
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CtrfsError as error:
         print(f"ctrfs: {error.sentence}", file=sys.stderr)
         return 1
+    except Terminated:
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

@@ -1,6 +1,5 @@
 """`ctrfs index`: make an image's ordinary layers lazy for all machines that pull it."""
 
-import signal
 import sys
 from pathlib import Path
 
@@ -8,9 +7,10 @@ from fs.config import load
 from store.cas import Digest
 from store.index_image import index_image
 from store.platform import parse_platform
-from store.reference import RegistrySource, parse_source
+from store.reference import LayoutSource, RegistrySource, parse_source
 from tools.convert_progress import progress
 from tools.instance import CommandFailed
+from tools.interruption import heed_sigterm
 from tools.mounted import find_mount
 from tools.places import parse_place
 
@@ -22,9 +22,11 @@ def run(source: str, platform: str | None, mount: Path | None, config_path: Path
         CtrfsError: it could not be done, and nothing was pushed.
         KeyboardInterrupt: SIGINT or SIGTERM came; nothing was pushed.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heed_sigterm()
     config = load(config_path).store
-    place = parse_place(source) or parse_source(_of_mounted(source, mount))
+    place: RegistrySource | LayoutSource | None = None
+    if not source.startswith("oci:"):
+        place = parse_place(source) or parse_source(_of_mounted(source, mount))
     if not isinstance(place, RegistrySource):
         raise CommandFailed("indexes are kept in registries; name an image in one, as docker://REF")
     wanted = parse_platform(platform) if platform else config.wanted_platform

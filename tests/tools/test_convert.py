@@ -203,7 +203,7 @@ def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
         output, _ = process.communicate(timeout=20)
     finally:
         process.kill()
-    assert (process.returncode, output) == (130, b"")
+    assert (process.returncode, output) == (128 + number, b"")
     assert not (tmp_path / "out").exists()
 
 
