@@ -14,7 +14,7 @@ import msgspec
 
 from store.cas import CHUNK
 from store.errors import DigestMismatch
-from store.estargz import NOT_FILES
+from store.estargz import only_steers
 from store.extents import Places
 from store.index import Entry, read_index
 from store.tar import TarParser
@@ -60,7 +60,7 @@ class ArchiveCheck(Places):
 
     def _is_left_out(self, entry: Entry) -> bool:
         """Tables of contents do not list themselves, nor what else only steers the loading."""
-        return entry.path in NOT_FILES and (self._next is None or self._next.path != entry.path)
+        return only_steers(entry) and (self._next is None or self._next.path != entry.path)
 
     def begin(self, entry: Entry) -> int:
         """See ``tar.Contents``."""
@@ -95,12 +95,17 @@ class ArchiveCheck(Places):
 
 
 def _is_same(said: Entry, entry: Entry) -> bool:
-    """Whether an entry is as it was said; eStargz has times in seconds, rounded."""
+    """Whether an entry is as it was said, but for what tables of contents can't say: eStargz has
+    times in seconds, rounded, and Go's archive/tar knows no extended attribute without a value."""
     if said == entry:
         return True
-    if said.nanoseconds or not entry.nanoseconds or said.seconds - entry.seconds not in (0, 1):
-        return False
-    return said == msgspec.structs.replace(entry, seconds=said.seconds, nanoseconds=0)
+    time = {}
+    if entry.nanoseconds and not said.nanoseconds and said.seconds - entry.seconds in (0, 1):
+        time = {"seconds": said.seconds, "nanoseconds": 0}
+    xattrs = entry.xattrs
+    if xattrs != said.xattrs and xattrs is not None:
+        xattrs = {name: value for name, value in xattrs.items() if value} or None
+    return said == msgspec.structs.replace(entry, xattrs=xattrs, **time)
 
 
 def _wrong(what: str) -> DigestMismatch:

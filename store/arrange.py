@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 
 from store.errors import NotLazy
-from store.estargz import NOT_FILES
+from store.estargz import STEERING, only_steers
 from store.index import Entry
 from store.spool import Member
 from store.tar_names import shown
@@ -144,8 +144,10 @@ def _unique(members: Iterable[Member]) -> list[Member]:
     for member in members:
         entry = member.entry
         path = entry.path
-        if path in NOT_FILES:
+        if only_steers(entry):  # an earlier conversion has put it there
             continue
+        if path in STEERING:
+            raise NotLazy(f"{shown(path)} has a name that lazy layers have another use for")
         earlier = found.get(path)
         if earlier is not None:
             both = stat.S_ISDIR(entry.mode), stat.S_ISDIR(earlier.entry.mode)

@@ -7,6 +7,7 @@ Source: stargz-snapshotter, docs/estargz.md and estargz/gzip.go.
 """
 
 import re
+import stat
 import zlib
 from typing import cast
 
@@ -14,6 +15,7 @@ from isal import isal_zlib
 
 from store.cas import digest_of
 from store.errors import DigestMismatch, InvalidLayer, NotLazy
+from store.index import Entry
 from store.manifest import Descriptor
 from store.source import BlobReader
 from store.spans import Codec
@@ -26,8 +28,9 @@ TOC_NAME = b"stargz.index.json"
 # goes first.
 PREFETCH = b".prefetch.landmark"
 NO_PREFETCH = b".no.prefetch.landmark"
-# Files in the root directory that only steer the loading.
-NOT_FILES = frozenset({PREFETCH, NO_PREFETCH, TOC_NAME})
+# Names in the root directory that have a use for the loading.
+STEERING = frozenset({PREFETCH, NO_PREFETCH, TOC_NAME})
+_LANDMARK_SIZE = 1
 DIGEST_ANNOTATION = "containerd.io/snapshot/stargz/toc.digest"
 
 FOOTER_SIZE = 51
@@ -39,6 +42,13 @@ _FOOTER = re.compile(
 
 # isal's type stubs call this an instance.
 _ISAL_ERROR = cast(type[Exception], isal_zlib.error)
+
+
+def only_steers(entry: Entry) -> bool:
+    """Whether an entry is there for the loading alone, and no file of the image."""
+    if entry.path not in STEERING or not stat.S_ISREG(entry.mode):
+        return False
+    return entry.path == TOC_NAME or entry.size <= _LANDMARK_SIZE
 
 
 def find_toc(layer: Descriptor, read: BlobReader) -> RawToc | None:

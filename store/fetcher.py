@@ -158,6 +158,7 @@ class Fetcher:
         self._whole = whole
         self._pending: dict[int, _Pending] = {}
         self._given_up = _GivenUp()
+        self._moved = 0  # rises whenever bytes come
         self._ahead = ReadAhead(layer.table, layer.has)
         self._token = trio.lowlevel.current_trio_token()
 
@@ -206,16 +207,16 @@ class Fetcher:
     # --- for whoever fills -------------------------------------------------------------
 
     async def fetch(self, spans: range, *, blob: bool = False) -> None:
-        """Wait until spans are here, for each as patiently as a reader.
+        """Wait until spans are here, as long as something comes of the layer.
 
         Args:
             blob: the blob's bytes are wanted as well as the contents.
 
         Raises:
-            StoreError: none came within the time that readers wait.
+            StoreError: nothing came within the time that readers wait.
         """
         try:
-            await self._need(spans, blob=blob, each=True)
+            await self._need_all(spans, blob)
         except DigestMismatch as error:
             # The others of the request have come.
             wrong = next((n for n in spans if not self.layer.has(n)), spans[0])
@@ -249,12 +250,12 @@ class Fetcher:
 
     # --- waiting -----------------------------------------------------------------------
 
-    async def _need(self, spans: Sequence[int], *, blob: bool = False, each: bool = False) -> None:
-        """Wait as long as a reader does; if ``each``, anew after each that has come."""
+    async def _need(self, spans: Sequence[int], *, blob: bool = False) -> None:
+        """Wait as long as readers do."""
         self._slots.used()
         try:
-            with trio.fail_after(self._config.read_seconds) as scope:
-                await self._patiently(spans, blob, scope if each else None)
+            with trio.fail_after(self._config.read_seconds):
+                await self._patiently(spans, blob)
         except trio.TooSlowError:
             raise RegistryTimeout(
                 f"bytes of the layer {self.layer.record.blob.digest} did not come within "
@@ -263,13 +264,21 @@ class Fetcher:
         finally:
             self._slots.used()
 
-    async def _patiently(
-        self, spans: Sequence[int], blob: bool, renewed: trio.CancelScope | None
-    ) -> None:
+    async def _need_all(self, spans: Sequence[int], blob: bool) -> None:
+        """Wait for what a slow line may take long for: anew as long as anything comes."""
+        while True:
+            moved = self._moved
+            try:
+                return await self._need(spans, blob=blob)
+            except RegistryError as error:
+                if not error.transient or self._moved == moved:
+                    raise
+
+    async def _patiently(self, spans: Sequence[int], blob: bool) -> None:
         pause = _PAUSE_SECONDS
         while True:
             try:
-                return await self._arrival(spans, blob, renewed)
+                return await self._arrival(spans, blob)
             except RegistryError as error:
                 left = trio.current_effective_deadline() - trio.current_time()
                 if not error.transient or left < _PAUSE_SECONDS:
@@ -279,9 +288,7 @@ class Fetcher:
             await trio.sleep(min(rest, left / 2))
             pause = min(2 * pause, _PAUSE_MAX_SECONDS)
 
-    async def _arrival(
-        self, spans: Sequence[int], blob: bool, renewed: trio.CancelScope | None
-    ) -> None:
+    async def _arrival(self, spans: Sequence[int], blob: bool) -> None:
         is_here = self._is_here(blob)
         for number in spans:
             while not is_here(number):
@@ -292,8 +299,6 @@ class Fetcher:
                 await pending.arrived.wait()
                 if pending.error is not None:
                     raise pending.error
-                if renewed is not None:
-                    renewed.deadline = trio.current_time() + self._config.read_seconds
 
     # --- requests ----------------------------------------------------------------------
 
@@ -364,6 +369,9 @@ class Fetcher:
         def promise(more: range) -> None:
             pending.update(trio.from_thread.run_sync(self._promise, more))
 
+        def moved() -> None:
+            self._moved += 1
+
         def work() -> None:
             for wanted in self._without_borrowed(spans, blob):
                 start = self.layer.table.range_of(wanted[0])[0]
@@ -372,7 +380,7 @@ class Fetcher:
                 streams.append(stream)
                 try:
                     if not gone.is_set():
-                        Intake(self.layer, stream, wanted, self._landed, promise).run()
+                        Intake(self.layer, stream, wanted, self._landed, promise, moved).run()
                 finally:
                     stream.close()
 

@@ -18,6 +18,7 @@ class Intake:
         wanted: the spans that were asked for.
         landed: told which spans can be read now.
         promise: told of spans that come unasked for, before they do.
+        moved: called whenever bytes have come.
     """
 
     def __init__(
@@ -27,11 +28,13 @@ class Intake:
         wanted: range,
         landed: Callable[[list[int]], None],
         promise: Callable[[range], None],
+        moved: Callable[[], None],
     ) -> None:
         table = layer.table
         self._layer = layer
         self._stream = stream
         self._landed = landed
+        self._moved = moved
         self._number = table.span_at(stream.offset)
         asked = stream.offset == table.range_of(wanted[0])[0]
         self._stop = wanted[-1] + 1 if asked else table.spans
@@ -50,6 +53,7 @@ class Intake:
                     f"the registry sent less than it was asked for of "
                     f"{self._layer.record.blob.digest}; try again"
                 )
+            self._moved()
             self._take(memoryview(piece))
         if self._error:
             raise self._error

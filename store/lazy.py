@@ -343,13 +343,14 @@ class LazyLayer:
         log.info("verifying what is here of %s after a restart of the machine", self.diff_id)
         self._count()
         for number in range(self.table.spans):
-            kept = self.keeps(number)
+            kept, borrowed = self.keeps(number), self._is_borrowed(number)
             self.forget(number)
             start, end = self.table.range_of(number)
             if kept and self.table.span(number).count:
                 # What holds no contents can't be verified alone, and is short.
+                blob = memoryview(os.pread(self._blob, end - start, start))
                 with suppress(DigestMismatch):
-                    self.take(number, memoryview(os.pread(self._blob, end - start, start)))
+                    self.take(number, blob, borrowed=borrowed)
         os.fsync(self.data_fd)
         os.fsync(self._blob)
         self._present[8:24] = _boot_id()
@@ -404,7 +405,10 @@ class LazyLayer:
 
     def forget_borrowed(self) -> bool:
         """Forget what came from other layers' blobs; whether there was any."""
-        return self._forget_all(lambda number: self._present[_HEAD.size + number] == _BORROWED)
+        return self._forget_all(self._is_borrowed)
+
+    def _is_borrowed(self, number: int) -> bool:
+        return self._present[_HEAD.size + number] == _BORROWED
 
     def forget_unverified(self) -> bool:
         """Forget the spans of which only the blob's digest covers all, and those that are damaged

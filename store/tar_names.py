@@ -25,7 +25,7 @@ def clean_path(name: bytes) -> bytes | None:
     if name[:2] == b"./":
         name = name[2:]
     if name[-1:] == b"/":
-        name = name[:-1]
+        name = name.rstrip(b"/")
     if name[:1] not in (b"/", b".", b"") and not _UNCLEAN(name):
         return name
     parts: list[bytes] = []

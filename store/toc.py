@@ -8,7 +8,7 @@ import msgspec
 
 from store import estargz, zstd_chunked
 from store.errors import LimitExceeded
-from store.estargz import NO_PREFETCH, NOT_FILES, PREFETCH
+from store.estargz import NO_PREFETCH, PREFETCH, only_steers
 from store.index import Entry
 from store.manifest import Descriptor
 from store.source import BlobReader
@@ -80,7 +80,7 @@ def _entries(raw: RawToc, layout: Layout, limits: LayerLimits) -> tuple[list[Ent
             continue
         entry = entry_of(item)
         path = entry.path
-        if path in NOT_FILES:
+        if only_steers(entry):
             landmarks[path] = layout.add(entry, item, wanted=False)
             continue
         layout.add(entry, item)

@@ -54,6 +54,7 @@ BY_HAND = tars.archive(
     tars.entry(b"device", b"3", device=(1, 3)),
     tars.pax([(b"path", b"n" * 200), (b"SCHILY.xattr.user.a", b"value"), (b"mtime", b"1.5")])
     + tars.entry(b"short", data=b"named by pax"),
+    tars.pax([(b"SCHILY.xattr.user.empty", b"")]) + tars.entry(b"bare"),
     tars.entry(b".wh.gone"),
     tars.entry(b"last", data=b"end"),
 )
@@ -130,6 +131,21 @@ def test_contents_may_be_holes_where_they_are_zeros(tmp_path: Path) -> None:
     layer.check()
 
 
+# What tables of contents can't say of an archive.
+UNSAID: dict[str, tuple[bytes, dict[str, object]]] = {
+    "rounded down": (b"n" * 200, {"seconds": 1, "nanoseconds": 0}),
+    "rounded up": (b"n" * 200, {"seconds": 2, "nanoseconds": 0}),
+    "an attribute without value": (b"bare", {"xattrs": None}),
+}
+
+
+@pytest.mark.parametrize("what", UNSAID)
+def test_what_could_not_be_said_may_differ(layer: Layer, what: str) -> None:
+    path, fields = UNSAID[what]
+    layer.change(path, fields)
+    layer.check()
+
+
 LIES: dict[str, tuple[bytes, dict[str, object]]] = {
     "mode": (b"file", {"mode": stat.S_IFREG | 0o4755}),
     "kind": (b"empty", {"mode": stat.S_IFIFO | 0o644}),
@@ -146,6 +162,8 @@ LIES: dict[str, tuple[bytes, dict[str, object]]] = {
     "a value": (b"n" * 200, {"xattrs": {b"user.a": b"other"}}),
     "an attribute more": (b"file", {"xattrs": {b"security.capability": b"\1"}}),
     "an attribute less": (b"n" * 200, {"xattrs": None}),
+    "too early": (b"n" * 200, {"seconds": 0, "nanoseconds": 0}),
+    "too late": (b"n" * 200, {"seconds": 3, "nanoseconds": 0}),
     "the root": (b"", {"mode": stat.S_IFDIR | 0o777}),
     "a whiteout": (b".wh.gone", {"path": b".wh.other"}),
 }
@@ -157,6 +175,32 @@ def test_a_lie_about_an_entry(layer: Layer, lie: str) -> None:
     layer.change(path, fields)
     with pytest.raises(DigestMismatch, match=r"is wrong: .* is another .* mode=full"):
         layer.check()
+
+
+LANDMARK = b".prefetch.landmark"
+STEERING = {
+    "a file": (tars.entry(LANDMARK, data=b"\x0f"), True),
+    "a large file": (tars.entry(LANDMARK, data=b"important"), False),
+    "a directory": (tars.directory(LANDMARK, mode=0o700), False),
+    "a link": (tars.entry(LANDMARK, b"2", link=b"file"), False),
+    "a table": (tars.entry(b"stargz.index.json", data=b"{}" * 100), True),
+    "elsewhere": (tars.entry(b"sub/" + LANDMARK, data=b"\x0f"), False),
+}
+
+
+@pytest.mark.parametrize("what", STEERING)
+def test_only_what_steers_the_loading_may_be_left_out(tmp_path: Path, what: str) -> None:
+    part, may = STEERING[what]
+    file = tars.entry(b"file", data=b"content")
+    layer = Layer(tars.archive(file, part), tmp_path)
+    layer.check()
+    layer.entries.pop()
+    if may:
+        os.truncate(layer.data, 4096)
+        layer.check()
+    else:
+        with pytest.raises(DigestMismatch, match="is another in the layer"):
+            layer.check()
 
 
 def insert(layer: Layer) -> None:

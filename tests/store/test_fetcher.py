@@ -291,7 +291,7 @@ async def test_no_reader_hangs_longer_than_its_time(place: Place, proxy: Proxy) 
 async def test_a_slow_line_only_takes_time(place: Place, proxy: Proxy) -> None:
     def slowly(exchange: Exchange) -> None:
         def change(piece: bytes) -> bytes:
-            time.sleep(0.05)
+            time.sleep(0.35)
             return piece
 
         exchange.forward(change=change)
@@ -299,10 +299,20 @@ async def test_a_slow_line_only_takes_time(place: Place, proxy: Proxy) -> None:
     proxy.on("/blobs/", slowly)
     async with place.fetching(read_seconds=0.6) as fetcher:
         begin = trio.current_time()
-        await fetcher.fetch(range(fetcher.layer.table.spans))
+        wanted = fetcher.layer.table.spans_for(place.made.entries[3].offset, 5 * CHUNK)
+        await fetcher.fetch(wanted)
         assert trio.current_time() - begin > 1
-        assert fetcher.layer.whole
+        assert all(map(fetcher.layer.has, wanted))
         assert len(asked(proxy)) == 1
+
+
+async def test_a_line_that_brings_nothing_is_given_up(place: Place, proxy: Proxy) -> None:
+    proxy.on("/blobs/", faults.stall_after(100))
+    async with place.fetching(read_seconds=0.5) as fetcher:
+        begin = trio.current_time()
+        with pytest.raises(StoreError):
+            await fetcher.fetch(range(5))
+        assert trio.current_time() - begin < 4
 
 
 async def test_one_wrong_chunk_spoils_no_other(place: Place, proxy: Proxy) -> None:

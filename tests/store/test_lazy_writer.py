@@ -329,6 +329,8 @@ UNFIT = {
     "'/x/y/z' leads through '/x'": [entry(b"x/y/z"), entry(b"x")],
     "'/.wh.d/f' depends on a name": [entry(b".wh.d/f")],
     "'/l' depends on a name": [entry(b"d/.wh.f"), entry(b"l", b"1", link=b"d/.wh.f")],
+    "'/.prefetch.landmark' has a name": [directory(b".prefetch.landmark/")],
+    "'/.no.prefetch.landmark' has a name": [entry(b".no.prefetch.landmark", data=b"longer")],
     "'/old' has a time": [entry(b"old", mtime=-(1 << 60))],
     "'/new' has a time": [entry(b"new", mtime=1 << 60)],
 }

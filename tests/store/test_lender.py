@@ -230,6 +230,27 @@ def test_a_lender_of_an_earlier_run_is_known(place: Place, old: HandMade, new: H
     assert lend_all(place, place.add(new)) == 9
 
 
+def test_what_was_borrowed_is_still_that_after_a_power_cut(
+    place: Place, old: HandMade, new: HandMade
+) -> None:
+    odd = HandMade(old.files)
+    odd.blob = with_other_times(odd.blob)
+    lender, layer = place.add(odd), place.add(new)
+    take_all(lender, odd.blob)
+    assert lend_all(place, layer) == 9
+    with (layer.directory / "present").open("r+b") as file:
+        file.seek(8)
+        file.write(bytes(16))  # another boot
+    again = LazyLayer(layer.directory, layer.diff_id)
+    take_all(again, new.blob)
+    with pytest.raises(DigestMismatch, match="the layer's blob"):
+        again.verify(lambda: False)
+    assert again.forget_borrowed()
+    take_all(again, new.blob)
+    again.verify(lambda: False)
+    again.close()
+
+
 def contents_lent(place: Place, layer: LazyLayer) -> int:
     """How many spans got their contents alone."""
     with place.lender.borrower(layer) as borrower:
