@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import trio
@@ -27,7 +28,6 @@ from store.lazy import LazyLayer
 from store.lender import Borrower, Lender
 from store.readahead import ReadAhead
 from store.source import BlobStream, Source
-from store.spans import GAP
 from store.transfer import interruptible
 
 log = logging.getLogger(__name__)
@@ -392,13 +392,12 @@ class Fetcher:
         if (blob and not self.borrows) or not self._lender.can_lend(self.layer):
             yield spans
             return
-        place = self.layer.table.range_of
         run = range(0)
-        with self._lender.borrower(self.layer) as borrower:
+        with closing(self._lender.borrower(self.layer)) as borrower:
             for number in spans:
                 if self._borrow(borrower, number, blob):
                     self._landed([number])
-                elif run and place(number)[0] - place(run[-1])[1] <= GAP:
+                elif run and self.layer.table.are_close(run[-1], number):
                     run = range(run.start, number + 1)
                 else:
                     if run:

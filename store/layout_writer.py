@@ -48,7 +48,7 @@ class LayoutTarget:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._directory.remove()
+        self._directory.close()
         if error is not None and self._is_ours:
             # Only what is empty: somebody else may have begun to use it.
             with suppress(OSError):

@@ -77,8 +77,7 @@ class LazyRecord(msgspec.Struct, frozen=True):
     def is_for(self, blob: Descriptor, source: str) -> bool:
         """Whether an image from ``source`` with this blob says the same of the layer. What the
         manifest vouches for is in the blob, or is named by its annotations."""
-        same = (self.blob.digest, self.blob.annotations) == (blob.digest, blob.annotations)
-        return same and (self.vouched or source in self.sources)
+        return self.blob.says_the_same(blob) and (self.vouched or source in self.sources)
 
 
 def is_complete(directory: Path) -> bool:
@@ -298,12 +297,13 @@ class LazyLayer:
     def take_contents(self, number: int, contents: Sequence[bytes]) -> None:
         """Verify the contents of a span's pieces, which come from elsewhere, and keep them. The
         blob's bytes are still missing. Raises as ``take``."""
-        pieces = list(self.table.pieces_of(self.table.span(number)))
+        pieces = self.table.pieces_of(self.table.span(number))
+        verified = []
         for piece, content in zip(pieces, contents, strict=True):
             if hashlib.sha256(content).digest() != piece.digest:
                 raise DigestMismatch(f"what another layer has of {self.diff_id} is damaged")
-        views = [(piece, memoryview(c)) for piece, c in zip(pieces, contents, strict=True)]
-        self._write_contents(views)
+            verified.append((piece, memoryview(content)))
+        self._write_contents(verified)
         with self._lock:
             if not self.has(number):
                 self._present[_HEAD.size + number] = _CONTENTS
@@ -343,6 +343,8 @@ class LazyLayer:
         log.info("verifying what is here of %s after a restart of the machine", self.diff_id)
         self._count()
         for number in range(self.table.spans):
+            if not self.has(number):
+                continue
             kept, borrowed = self.keeps(number), self._is_borrowed(number)
             self.forget(number)
             start, end = self.table.range_of(number)

@@ -14,8 +14,6 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from store import lazy
 from store.cas import Cas
@@ -52,7 +50,7 @@ class Lender:
         return self._pieces.others(layer.directory.name)
 
     def borrower(self, layer: LazyLayer) -> "Borrower":
-        """What a layer borrows with; a context manager, for one thread and a few seconds."""
+        """What a layer borrows with: for one thread and a few seconds, to be closed."""
         return Borrower(self._pieces, self._other, layer)
 
     def close(self) -> None:
@@ -86,15 +84,8 @@ class Borrower:
         self._others: dict[str, _Open | _Complete] = {}
         self._tails = Tails(layer.directory)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of the other layers."""
         for other in self._others.values():
             other.close()
         self._tails.close()

@@ -61,6 +61,10 @@ class Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True
         """The digest, typed."""
         return Digest(self.digest)
 
+    def says_the_same(self, other: "Descriptor") -> bool:
+        """Whether both name the same content, and say the same of it in their annotations."""
+        return (self.digest, self.annotations) == (other.digest, other.annotations)
+
     def check(self, data: bytes) -> None:
         """Compare bytes with what the descriptor promises.
 

@@ -42,7 +42,7 @@ from store.resolve import Cached, find
 from store.source import Source
 from store.store import Store
 from store.toc import is_announced
-from store.transfer import Transfer, ask, to_end
+from store.transfer import Transfer, ask, side_by_side, to_end
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +235,8 @@ class Pulls:
                     await self._complete(Digest(diff_id))
                 await trio.to_thread.run_sync(self._store.rootfs_layers, image)
         except InvalidLayer as error:
-            raise _named(error, image.name) from None
+            _name(error, image.name)
+            raise
 
     async def _serve(self, filling: Filling, image: Image) -> None:
         """Have lazy layers served, and what is wanted first of them fetched."""
@@ -259,22 +260,18 @@ class Pulls:
         states: Sequence[LayerProgress],
     ) -> None:
         """Get layers side by side; the first failure ends the others."""
-        failure: StoreError | None = None
 
         async def one(layer: Descriptor, diff_id: Digest, state: LayerProgress) -> None:
-            nonlocal failure
             try:
                 await self._layer(part, layer, diff_id, state)
             except StoreError as error:
-                if failure is None:
-                    failure = _named(error, part.name, f"layer {layer.digest}")
-                nursery.cancel_scope.cancel()
+                _name(error, part.name, f"layer {layer.digest}")
+                raise
 
-        async with trio.open_nursery() as nursery:
-            for (layer, diff_id), state in zip(wanted, states, strict=True):
-                nursery.start_soon(one, layer, diff_id, state)
-        if failure is not None:
-            raise failure
+        await side_by_side(
+            partial(one, layer, diff_id, state)
+            for (layer, diff_id), state in zip(wanted, states, strict=True)
+        )
 
     def _layer_progress(self, layer: Descriptor) -> LayerProgress:
         """One for each blob, so that it is true for all pulls that wait for it."""
@@ -321,9 +318,8 @@ class Pulls:
     def _is_described_otherwise(self, layer: Descriptor, diff_id: Digest) -> bool:
         """Whether an image that is here has a layer of the same content that this one must not
         make for it, before it is verified."""
-        described = (layer.digest, layer.annotations)
         return any(
-            (other.digest, other.annotations) != described
+            not other.says_the_same(layer)
             for image in self._store.images
             for other, content in zip(image.layers, image.diff_ids, strict=True)
             if content == diff_id
@@ -399,11 +395,10 @@ def _chosen_name(text: str | None) -> str | None:
     return str(reference)
 
 
-def _named(error: StoreError, *names: str) -> StoreError:
-    """The error with image and layer in its sentence; what unpacks a layer doesn't know them."""
+def _name(error: StoreError, *names: str) -> None:
+    """Put image and layer into an error's sentence; what unpacks a layer doesn't know them."""
     missing = [name for name in names if name not in error.sentence]
     error.sentence = ": ".join(
         [", ".join(missing), error.sentence] if missing else [error.sentence]
     )
     error.args = (error.sentence,)
-    return error

@@ -65,8 +65,7 @@ class ReadAhead:
     def _extend(self, stream: _Stream, start: int) -> range:
         number = self._table.span_at(start)
         length = min(2 * stream.length, MAX_BYTES)
-        limit = min(start + length, self._table.blob_size)
-        stop = self._table.span_at(limit - 1) + 1 if number < self._table.spans else number
+        stop = self._table.stop_at(start + length) if number < self._table.spans else number
         ahead = range(number, stop)
         # Who reads what is here already has shown no need for more.
         if not all(map(self._has, ahead)):

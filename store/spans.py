@@ -41,7 +41,7 @@ _TARGET = struct.Struct("<Q")
 _NONE = bytes(32)
 
 # So many bytes of the blob cost less than a request of their own, even where the line is slow.
-GAP = 64 << 10
+_GAP = 64 << 10
 
 # A deflate stream looks back at most this far (RFC 1951).
 WINDOW = 32 << 10
@@ -309,14 +309,20 @@ class SpanTable:
         found = [spans for spans in starmap(self.spans_for, ranges) if spans]
         runs: list[range] = []
         for spans in sorted(found, key=lambda spans: (spans.start, spans.stop)):
-            if runs and self._gap(runs[-1], spans) <= GAP:
+            if runs and self.are_close(runs[-1][-1], spans[0]):
                 runs[-1] = range(runs[-1].start, max(runs[-1].stop, spans.stop))
             else:
                 runs.append(spans)
         return runs
 
-    def _gap(self, before: range, after: range) -> int:
-        return self.range_of(after.start)[0] - self.range_of(before.stop - 1)[1]
+    def are_close(self, before: int, after: int) -> bool:
+        """Whether what lies between two spans costs less than a request for the second."""
+        return self.range_of(after)[0] - self.range_of(before)[1] <= _GAP
+
+    def stop_at(self, blob_offset: int) -> int:
+        """One past the last span that has a byte of the blob before ``blob_offset``, which is above
+        0 and may lie behind the blob's end."""
+        return self.span_at(min(blob_offset, self.blob_size) - 1) + 1
 
     def span_at(self, blob_offset: int) -> int:
         """The number of the span that holds a byte of the blob."""

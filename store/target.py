@@ -60,7 +60,7 @@ class RegistryTarget:
         traceback: TracebackType | None,
     ) -> None:
         self._pusher.close()
-        self._directory.remove()
+        self._directory.close()
 
     def has(self, blob: Descriptor) -> bool:
         """One request."""

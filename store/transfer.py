@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -60,6 +60,25 @@ async def ask(work: Callable[[], _T]) -> _T:
 async def to_end(work: Callable[[], _T]) -> _T:
     """Run something short in a thread, to its end."""
     return await trio.to_thread.run_sync(work, limiter=_threads)
+
+
+async def side_by_side(tasks: Iterable[Callable[[], Awaitable[None]]]) -> None:
+    """Run tasks until all have ended; the first StoreError ends the others, and is raised."""
+    failure: StoreError | None = None
+
+    async def run(task: Callable[[], Awaitable[None]]) -> None:
+        nonlocal failure
+        try:
+            await task()
+        except StoreError as error:
+            failure = failure or error
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for task in tasks:
+            nursery.start_soon(run, task)
+    if failure is not None:
+        raise failure
 
 
 async def interruptible(work: Callable[[], _T], interrupt: Callable[[], None]) -> _T:

@@ -7,8 +7,6 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from store.errors import storage
 
@@ -16,7 +14,7 @@ _PREFIX = "ctrfs-work-"
 
 
 class Workspace:
-    """A new directory, locked as long as it is in use; a context manager.
+    """A new directory, locked as long as it is in use, until it is closed.
 
     Args:
         parent: where it is made, and where those that others left are removed.
@@ -38,18 +36,7 @@ class Workspace:
                 return
             os.close(self._lock)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-    def remove(self) -> None:
+    def close(self) -> None:
         """Delete it with all that is in it."""
         shutil.rmtree(self.path)
         os.close(self._lock)

@@ -7,7 +7,7 @@ from fs.config import load
 from store.cas import Digest
 from store.index_image import index_image
 from store.platform import parse_platform
-from store.reference import LayoutSource, RegistrySource, parse_source
+from store.reference import RegistrySource, parse_source
 from tools.convert_progress import progress
 from tools.instance import CommandFailed
 from tools.interruption import heed_sigterm
@@ -24,9 +24,7 @@ def run(source: str, platform: str | None, mount: Path | None, config_path: Path
     """
     heed_sigterm()
     config = load(config_path).store
-    place: RegistrySource | LayoutSource | None = None
-    if not source.startswith("oci:"):
-        place = parse_place(source) or parse_source(_of_mounted(source, mount))
+    place = parse_place(source) or parse_source(_of_mounted(source, mount))
     if not isinstance(place, RegistrySource):
         raise CommandFailed("indexes are kept in registries; name an image in one, as docker://REF")
     wanted = parse_platform(platform) if platform else config.wanted_platform

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -90,7 +90,7 @@ def mounted_image(
     _fetch_all(image, mountpoint)
     entry = Descriptor(_media_type(manifest), digest_of(manifest), len(manifest))
     index = {"schemaVersion": 2, "manifests": [msgspec.to_builtins(entry)]}
-    with temporary_workspace() as temporary:
+    with closing(temporary_workspace()) as temporary:
         directory = temporary.path
         with storage(f"writing to {directory}"):
             (directory / "index.json").write_bytes(msgspec.json.encode(index))
@@ -146,7 +146,7 @@ class MountedTarget:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._directory.remove()
+        self._directory.close()
 
     def has(self, blob: Descriptor) -> bool:
         """The layout is empty."""

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
-import trio
-
-from store.errors import StoreError
 from store.fetcher import Fetcher
 from store.lazy import LazyLayer
 from store.spans import SpanTable
+from store.transfer import side_by_side
 
 # One request: a reader who wants the last of it waits for no more than this.
 _PART_BYTES = 8 << 20
@@ -50,22 +48,11 @@ def runs_in_order(table: SpanTable, ranges: Iterable[tuple[int, int]]) -> Iterat
 
 
 async def _fetch(fetcher: Fetcher, parts: Iterator[range], *, blob: bool) -> None:
-    failure: StoreError | None = None
-
     async def work() -> None:
-        nonlocal failure
-        for part in parts:
-            try:
-                await fetcher.fetch(part, blob=blob)
-            except StoreError as error:
-                failure = failure or error
-                nursery.cancel_scope.cancel()
+        for part in parts:  # each goes to one of those who work
+            await fetcher.fetch(part, blob=blob)
 
-    async with trio.open_nursery() as nursery:
-        for _ in range(_PARALLEL):
-            nursery.start_soon(work)
-    if failure is not None:
-        raise failure
+    await side_by_side([work] * _PARALLEL)
 
 
 def _missing(layer: LazyLayer) -> Iterator[range]:
@@ -80,7 +67,6 @@ def _parts(table: SpanTable, spans: range) -> Iterator[range]:
     """Spans in parts that one request brings."""
     first = spans.start
     while first < spans.stop:
-        end = min(table.range_of(first)[0] + _PART_BYTES, table.blob_size)
-        stop = min(table.span_at(end - 1) + 1, spans.stop)
+        stop = min(table.stop_at(table.range_of(first)[0] + _PART_BYTES), spans.stop)
         yield range(first, stop)
         first = stop

@@ -112,8 +112,7 @@ class Filler:
         first = layer.next_absent(0)
         start = table.range_of(first)[0]
         length = min(self._length, self.rate or self._length)
-        stop = table.span_at(min(start + length, table.blob_size) - 1) + 1
-        stop = min(stop, layer.next_present(first))
+        stop = min(table.stop_at(start + length), layer.next_present(first))
         await fetcher.bring(range(first, stop), self._limiter, blob=True)
         return table.range_of(stop - 1)[1] - start
 

@@ -234,7 +234,7 @@ class LayerServer:
         await self._enter()
         self._to_enter.append(layer)
         if end := layer.table.prefetch_end:
-            await self._prefetch(fetcher, [range(layer.table.span_at(end - 1) + 1)])
+            await self._prefetch(fetcher, [range(layer.table.stop_at(end))])
         await self._slots.quiet()
         await self._enter()
         fetcher.fillable = True

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def complete(place: Place, layer: LazyLayer, blob: bytes) -> None:
 
 def lend_all(place: Place, layer: LazyLayer) -> int:
     """How many spans the others had."""
-    with place.lender.borrower(layer) as borrower:
+    with closing(place.lender.borrower(layer)) as borrower:
         return sum(map(borrower.take, range(layer.table.spans)))
 
 
@@ -253,7 +254,7 @@ def test_what_was_borrowed_is_still_that_after_a_power_cut(
 
 def contents_lent(place: Place, layer: LazyLayer) -> int:
     """How many spans got their contents alone."""
-    with place.lender.borrower(layer) as borrower:
+    with closing(place.lender.borrower(layer)) as borrower:
         return sum(map(borrower.take_contents, range(layer.table.spans)))
 
 

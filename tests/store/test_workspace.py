@@ -1,6 +1,7 @@
 """Directories for files on their way: gone at the end, or when the next one comes."""
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ PREFIX = "work-"
 
 
 def test_it_goes_with_all_that_is_in_it(tmp_path: Path) -> None:
-    with Workspace(tmp_path, PREFIX) as workspace:
+    with closing(Workspace(tmp_path, PREFIX)) as workspace:
         (workspace.path / "sub").mkdir()
         (workspace.path / "sub" / "file").touch()
     assert not list(tmp_path.iterdir())
@@ -23,7 +24,10 @@ def test_what_was_abandoned_goes_and_what_is_in_use_stays(tmp_path: Path) -> Non
     (abandoned / "layer").touch()
     other = tmp_path / "else"
     other.mkdir()
-    with Workspace(tmp_path, PREFIX) as first, Workspace(tmp_path, PREFIX) as second:
+    with (
+        closing(Workspace(tmp_path, PREFIX)) as first,
+        closing(Workspace(tmp_path, PREFIX)) as second,
+    ):
         assert set(tmp_path.iterdir()) == {first.path, second.path, other}
 
 
@@ -36,7 +40,7 @@ def test_what_others_put_there_stays(tmp_path: Path) -> None:
     foreign = tmp_path / f"{PREFIX}foreign"
     foreign.mkdir()
     os.chown(foreign, 12345, 12345)
-    with Workspace(tmp_path, PREFIX):
+    with closing(Workspace(tmp_path, PREFIX)):
         pass
     assert (kept / "file").exists()
     assert len(list(tmp_path.iterdir())) == 4
@@ -56,6 +60,6 @@ def test_one_that_is_taken_for_abandoned_is_made_anew(
         return real(path, flags, *rest, **more)
 
     monkeypatch.setattr(os, "open", removed_once)
-    with Workspace(tmp_path, PREFIX) as workspace:
+    with closing(Workspace(tmp_path, PREFIX)) as workspace:
         assert workspace.path.is_dir()
         assert made != [workspace.path]
