@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from runtime import keeper, linux
 from runtime.layerserver.fanotify_serving import group_name
+from tests.support import method
 from tools.options import run_directory
 
 # The lowest layer first: the first failure is then the cause, not a symptom.
@@ -20,10 +22,20 @@ ORDER = ("store", "runtime", "fs", "tools", "e2e")
 OURS = ("store", "runtime", "fs", "tools")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """One option of our own."""
+    parser.addoption(
+        "--layers",
+        choices=get_args(method.Method),
+        help="how incomplete layers are served where a test doesn't choose (as the daemon does)",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Declare our markers, and let all processes of the tests be interrupted."""
     # A shell has what it starts in the background ignore SIGINT, and their children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    method.chosen = config.getoption("--layers")
     config.addinivalue_line("markers", "logs(pattern): the test expects this in a warning")
     config.addinivalue_line("markers", "fill: the test has lazy layers fill by themselves")
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import trio
@@ -20,10 +20,10 @@ from store.images import Image
 from store.indexing import Indexer
 from store.pull import PullRequest, Pulls
 from store.store import Store
+from tests.support import method as layers
 from tests.support.layouts import OciLayout
+from tests.support.method import Method
 from tests.support.registry import Registry
-
-Method = Literal["fuse", "fanotify"]
 
 QUICK = Patience(backoff_seconds=0.01, attempts=3, read_seconds=1.0, connect_seconds=2.0)
 
@@ -36,11 +36,14 @@ class Site:
         restarts: how often a server was replaced.
     """
 
-    def __init__(self, directory: Path, method: Method, **lazy: Any) -> None:
+    def __init__(self, directory: Path, method: Method | None = None, **lazy: Any) -> None:
         self.root = directory / "root"
         self.run = directory / "run"
         self.run.mkdir(exist_ok=True)
-        settings = LazyConfig(method=method, **{"read_seconds": 2.0, "fill": False, **lazy})
+        settings = LazyConfig(
+            method=method or layers.chosen or "auto",
+            **{"read_seconds": 2.0, "fill": False, **lazy},
+        )
         self.config = StoreConfig(
             patience=QUICK, docker_config=str(directory / "docker"), lazy=settings
         )

@@ -42,10 +42,11 @@ from store.images import Image
 from store.layers import LayerImage
 from store.lazy import LazyLayer
 from store.manifest import Descriptor
-from tests.runtime.site import Method, Site, push_blobs, until
+from tests.runtime.site import Site, push_blobs, until
 from tests.support import lazy
 from tests.support import proxy as faults
 from tests.support.layouts import GZIP, OciLayout, compress, sha256, tar_of
+from tests.support.method import Method
 from tests.support.mounting import mounted as mounted_at
 from tests.support.proxy import Exchange, Proxy
 from tests.support.registry import Registry
@@ -85,7 +86,7 @@ def method(request: pytest.FixtureRequest) -> Any:
 
 @asynccontextmanager
 async def served(
-    directory: Path, front: Proxy, name: str, method: Method = "fanotify", **settings: Any
+    directory: Path, front: Proxy, name: str, method: Method | None = None, **settings: Any
 ) -> AsyncIterator[tuple[Site, Image]]:
     """A site that has pulled the image."""
     site = Site(directory, method, **settings)
@@ -315,7 +316,7 @@ async def test_filling_begins_as_soon_as_an_image_has_the_layer(
     tmp_path: Path, front: Proxy, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fill, "_RETRY_SECONDS", 1000.0)
-    site = Site(tmp_path, "fanotify", fill=True)
+    site = Site(tmp_path, fill=True)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(LayerServer(site.root, site.run, site.config).run)
         await until((site.run / protocol.PID_FILE).exists)
@@ -351,7 +352,7 @@ async def test_what_no_image_has_yet_is_not_filled(
     layers = [(BLOB.data, BLOB.layer, DIFF_ID), (blob, layer, digest)]
     pushed = push_blobs(registry, layout, "no-image-yet", layers)
     front.on(f"/blobs/{layer.digest}", faults.cut_after(0))
-    site = Site(tmp_path, "fanotify", fill=True)
+    site = Site(tmp_path, fill=True)
     async with site.opened():
         with pytest.raises(RegistryError):
             await site.pull(f"{front.host}/{pushed}")
@@ -420,7 +421,7 @@ async def test_a_blob_that_is_always_wrong_is_refused(
         assert not site.store.cas.contains(BLOB.layer.content)
     # It is known for good, until it is pulled again.
     front.heal()
-    again = Site(tmp_path, "fanotify")
+    again = Site(tmp_path)
     async with again.opened():
         assert again.store.damaged(image) == (BLOB.layer.content,)
         with pytest.raises(LayerServerFailed, match="hashes to"):

@@ -30,11 +30,12 @@ from store.push import Pusher
 from store.reference import parse_reference
 from store.registry import Registry as Client
 from store.spans import SpanTable
-from tests.runtime.site import Method, Site, push_blobs, until
+from tests.runtime.site import Site, push_blobs, until
 from tests.support import lazy, tars
 from tests.support import proxy as faults
 from tests.support.indexing import digest, index_of, table_of
 from tests.support.layouts import GZIP, OciLayout, compress
+from tests.support.method import Method
 from tests.support.mounting import mounted_stack
 from tests.support.proxy import Exchange, Proxy
 from tests.support.registry import Registry
@@ -115,7 +116,7 @@ def honest(directory: Path) -> bytes:
 async def test_what_was_pulled_once_is_lazy_the_next_time(
     tmp_path: Path, front: Proxy, ordinary: str, at_once: None
 ) -> None:
-    site = Site(tmp_path, "fanotify")
+    site = Site(tmp_path)
     async with site.opened():
         image = await site.pull(f"{front.host}/{ordinary}")
         assert site.lazy_layers(image) == [""]
@@ -142,7 +143,7 @@ async def test_what_was_pulled_once_is_lazy_the_next_time(
 async def test_a_full_pull_stays_full(
     tmp_path: Path, front: Proxy, ordinary: str, at_once: None
 ) -> None:
-    site = Site(tmp_path, "fanotify")
+    site = Site(tmp_path)
     async with site.opened():
         image = await site.pull(f"{front.host}/{ordinary}")
         await until(site.store.indexes.path(LAYER.content).exists)
@@ -155,7 +156,7 @@ async def test_a_full_pull_stays_full(
 async def test_without_index_in_the_settings_none_is_made(
     tmp_path: Path, front: Proxy, ordinary: str, at_once: None
 ) -> None:
-    site = Site(tmp_path, "fanotify", index=False)
+    site = Site(tmp_path, index=False)
     async with site.opened():
         await site.pull(f"{front.host}/{ordinary}")
         await trio.sleep(0.3)
@@ -176,7 +177,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 async def test_a_damaged_index_is_dropped(
     tmp_path: Path, front: Proxy, ordinary: str, damage: str
 ) -> None:
-    site = Site(tmp_path, "fanotify", index=False)
+    site = Site(tmp_path, index=False)
     document = document_of(tmp_path) if damage != "another's" else other_document(tmp_path)
     path = site.store.indexes.path(LAYER.content)
     path.write_bytes(DAMAGES[damage](document))
@@ -301,7 +302,7 @@ async def test_an_index_in_the_registry_is_used_where_it_is_trusted(
     by: str,
     used: bool,
 ) -> None:
-    site = Site(tmp_path, "fanotify", index=False, remote_indexes=policy)
+    site = Site(tmp_path, index=False, remote_indexes=policy)
     image_digest = publish(registry, ordinary, site, document_of(tmp_path))
     name = ordinary if by == "tag" else f"{ordinary.partition(':')[0]}@{image_digest}"
     async with site.opened():
@@ -317,7 +318,7 @@ async def test_an_index_in_the_registry_is_used_where_it_is_trusted(
 async def test_an_index_that_lies_about_a_file(
     tmp_path: Path, registry: Registry, front: Proxy, ordinary: str
 ) -> None:
-    site = Site(tmp_path, "fanotify", index=False)
+    site = Site(tmp_path, index=False)
     publish(registry, ordinary, site, document_of(tmp_path, setuid))
     async with site.opened():
         image = await site.pull(f"{front.host}/{ordinary}")
@@ -338,7 +339,7 @@ async def test_an_index_that_lies_about_a_file(
 async def test_a_full_pull_heals_what_a_lying_index_did(
     tmp_path: Path, registry: Registry, front: Proxy, ordinary: str, lie: str
 ) -> None:
-    site = Site(tmp_path, "fanotify", index=False)
+    site = Site(tmp_path, index=False)
     document = document_of(tmp_path, setuid) if lie == "entries" else with_wrong_digests(tmp_path)
     publish(registry, ordinary, site, document)
     async with site.opened():
@@ -359,7 +360,7 @@ async def test_a_full_pull_heals_what_a_lying_index_did(
 async def test_an_index_that_is_none_is_not_used(
     tmp_path: Path, registry: Registry, front: Proxy, ordinary: str
 ) -> None:
-    site = Site(tmp_path, "fanotify", index=False)
+    site = Site(tmp_path, index=False)
     publish(registry, ordinary, site, other_document(tmp_path))
     async with site.opened():
         image = await site.pull(f"{front.host}/{ordinary}")
@@ -396,7 +397,7 @@ async def test_a_link_into_a_lower_lazy_layer_brings_both(
     )
     blobs = converted([lower, alone, upper])
     pushed = push_blobs(registry, layout, name, blobs)
-    site = Site(tmp_path, "fanotify")
+    site = Site(tmp_path)
     async with site.opened():
         image = await site.pull(f"{front.host}/{pushed}")
         assert all(site.lazy_layers(image))
@@ -513,7 +514,7 @@ async def test_a_table_that_lies_is_believed_for_no_other_image(
         push_blobs(registry, layout, f"{name}/{n}", [(blob.data, blob.layer, blob.diff_id)])
         for n, blob in enumerate((good, evil))
     )
-    site = Site(tmp_path, "fanotify")
+    site = Site(tmp_path)
 
     def seen() -> list[tuple[bytes, int, bytes]]:
         layer = site.store.layers.present(good.diff_id)
@@ -543,7 +544,7 @@ async def test_a_table_that_lies_is_found_out(
 ) -> None:
     blob = make(tars.archive(tars.entry(b"f", data=noise(1, 3000))), edit=_setuid)
     reference = push_blobs(registry, layout, name, [(blob.data, blob.layer, blob.diff_id)])
-    site = Site(tmp_path, "fanotify")
+    site = Site(tmp_path)
     async with site.opened():
         image = await site.pull(f"{front.host}/{reference}")
         with pytest.raises(LayerServerFailed, match="'/f' is another in the layer"):
@@ -607,7 +608,7 @@ async def test_the_same_layer_from_two_registries_is_one(
 ) -> None:
     blob = lazy.estargz(tars.archive(tars.entry(b"f", data=noise(1, 200_000))))
     pushed = push_blobs(registry, layout, name, [(blob.data, blob.layer, blob.diff_id)])
-    site = Site(tmp_path, "fanotify")
+    site = Site(tmp_path)
     async with site.opened():
         await site.pull(f"{front.host}/{pushed}")
         image = await site.pull(f"{registry.host}/{pushed}")
@@ -639,7 +640,7 @@ async def test_a_pull_that_is_interrupted_leaves_nothing_half_done(
     tmp_path: Path, front: Proxy, two_layers: tuple[str, list[Any]], stalls: int
 ) -> None:
     name, blobs = two_layers
-    site = Site(tmp_path, "fanotify")
+    site = Site(tmp_path)
     async with site.opened():
         front.on(f"/blobs/{blobs[stalls][1].digest}", faults.stall)
         async with trio.open_nursery() as nursery:
@@ -682,7 +683,7 @@ async def test_a_pull_that_is_interrupted_while_it_brings_contents(
     upper = tars.archive(tars.entry(b"b", b"1", link=b"a"))
     blobs = converted([lower, upper])
     pushed = push_blobs(registry, layout, name, blobs)
-    site = Site(tmp_path, "fanotify", read_seconds=30.0)
+    site = Site(tmp_path, read_seconds=30.0)
     async with site.opened():
         front.on(f"/blobs/{blobs[0][1].digest}", stall_in(front, 400_000))
         async with trio.open_nursery() as nursery:
@@ -699,7 +700,7 @@ async def test_two_pulls_at_once_are_one(
     tmp_path: Path, front: Proxy, two_layers: tuple[str, list[Any]]
 ) -> None:
     name, blobs = two_layers
-    site = Site(tmp_path, "fanotify")
+    site = Site(tmp_path)
     images = []
 
     async def pull(**request: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from runtime import keeper, linux
 from runtime.layerserver.fanotify_serving import group_name
+from tests.support.method import with_method
 from tools.options import run_directory
 
 
@@ -39,11 +40,9 @@ class Mount:
     def start(self) -> None:
         """Start the daemon and wait until the tree answers."""
         command = [sys.executable, "-m", "tools.ctrfs", "mount", "--foreground"]
-        command += [
-            "--root",
-            str(self.root),
-            *(["--config", str(self.config)] if self.config else []),
-        ]
+        command += ["--root", str(self.root)]
+        if config := with_method(self.config, self.root.parent):
+            command += ["--config", str(config)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen([*command, str(self.path)], stderr=log)
         deadline = time.monotonic() + 30

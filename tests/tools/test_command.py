@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from runtime import keeper, linux
+from runtime.layerserver import rundir
 from runtime.layerserver.fanotify_serving import group_name
+from tests.support.method import with_method
 from tools.ctrfs import main
 from tools.logs import SYSLOG_SOCKET
 from tools.mountpoint import FSTYPE
@@ -26,6 +28,9 @@ CTRFS = (sys.executable, "-m", "tools.ctrfs")
 
 def ctrfs(*arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end. A daemon that keeps its output open makes this time out."""
+    if "mount" in arguments[:-1] and "--config" not in arguments:
+        config = with_method(None, Path(arguments[-1]).parent)
+        arguments += ("--config", config) if config else ()
     return subprocess.run(
         [*CTRFS, *map(str, arguments)],
         capture_output=True,
@@ -69,6 +74,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         keeper.stop(group_name(run_directory(root)))
+        rundir.tidy(run_directory(root))
         shutil.rmtree(run_directory(root), ignore_errors=True)
 
 
