@@ -6,8 +6,9 @@ import signal
 import sys
 from collections.abc import Callable
 
+from runtime import notify
 from store.errors import CtrfsError
-from tools import logs, mountpoint, notify
+from tools import logs, mountpoint
 from tools.instance import CommandFailed, claimed
 from tools.options import Options
 

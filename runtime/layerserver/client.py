@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from runtime import keeper
+from runtime import keeper, notify
 from runtime.layerserver import protocol, rundir
 from runtime.layerserver.fanotify_serving import group_name
 from runtime.layerserver.protocol import (
@@ -196,7 +196,7 @@ class LayerClient:
 
     async def _hold(self) -> None:
         """Hold the group of events that readers wait for, so that it outlives the server, and
-        the monitors of containers can hold it as well."""
+        the monitors of containers and the service manager can hold it as well."""
         name = group_name(self._run)
         async with self._holding:
             if self.held:
@@ -205,6 +205,7 @@ class LayerClient:
                 taken = await trio.to_thread.run_sync(keeper.take, pid, name)
                 if taken is not None:
                     self.held = taken
+                    notify.store(name, taken)
                     return
 
     async def _listening(self) -> trio.SocketStream:

@@ -4,8 +4,8 @@ The kernel asks before each read of a marked file (runtime/fanotify.py), and the
 when the bytes are in the file. A layer that is complete loses its mark, and even those who have
 it mounted need this process no more.
 
-The group of events is held by a keeper and by the monitors of containers as well, so this
-process may be killed: readers wait for the next one.
+The group of events is held by a keeper, the monitors of containers and the service manager as
+well, so this process may be killed: readers wait for the next one.
 """
 
 import hashlib

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from tests.support.layouts import GZIP, OciLayout, compress, sha256, tar_of
 from tests.support.mount import Mount
 from tests.support.proxy import Proxy
 from tests.support.registry import Registry
+from tests.support.systemd import Systemd
 
 READ_SECONDS = 1.5
 SETTINGS: dict[str, Any] = {
@@ -452,6 +454,17 @@ def _kill(mount: Mount, victims: set[str], orphan: str) -> None:
         mount.start()
 
 
+def _answers(mount: Mount) -> bool:
+    try:
+        return mount.read("version") != ""
+    except OSError:
+        return False
+
+
+def _has_stopped(mount: Mount, name: str) -> bool:
+    return mount.read(f"containers/{name}/state") == "stopped"
+
+
 def _is_gone(pid: int) -> bool:
     """Whether a process has ended, though nobody may have asked how."""
     status = Path(f"/proc/{pid}/status")
@@ -495,6 +508,94 @@ def test_all_who_guard_a_layer_die_at_once(
     mount.write("containers/idle/state", "start")
     assert mount.read("containers/idle/wait") == "0"
     assert mount.read("containers/idle/log") + "\n" == image.sums
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    """The service, under a systemd that starts it again a second after it has died."""
+    config = tmp_path / "config.json"
+    lazy_settings = {**SETTINGS["lazy"], "method": "fanotify", "fill": False}
+    config.write_text(json.dumps({"store": {**SETTINGS, "lazy": lazy_settings}}))
+    service = Systemd(tmp_path, config, away=1.0)
+    try:
+        service.start()
+        yield service
+    finally:
+        service.destroy()
+
+
+def test_a_service_manager_holds_readers_when_all_who_guard_them_die(
+    systemd: Systemd, tmp_path: Path, images: dict[str, Image], front: Proxy
+) -> None:
+    """Then nobody reads zeros: readers wait for the service to be there again."""
+    mount, image = Mount(tmp_path), images["estargz"]
+    mount.path = systemd.seen(mount.path)
+    name = image.at(front.host)
+    mount.pull(name)
+    script = "/bin/busybox cat /bin/busybox > /dev/null; echo ready; exec /bin/busybox sleep 1000"
+    mount.container("runs", name, "/bin/busybox", "sh", "-c", script)
+    mount.write("containers/runs/state", "start")
+    until(lambda: mount.read("containers/runs/log") == "ready")
+    init = systemd.seen(Path("/proc") / mount.read("containers/runs/pid"))
+    inside = (init / "root/data/large0").open("rb")
+    outside = (mount.path / "images" / name / "rootfs/data/large1").open("rb")
+    with inside, outside, ThreadPoolExecutor() as pool:
+        assert len(keeper.find(group_name(mount.run))) >= 5
+        # All of the service's processes; the container's have a cgroup of their own.
+        systemd.systemctl("kill", "--signal=KILL", "ctrfs")
+        until(lambda: keeper.find(group_name(mount.run)) == [systemd.pid])
+        read = [pool.submit(file.read) for file in (inside, outside)]
+        assert init.exists()
+        assert read[0].result(30) == image.files["data/large0"]
+        assert read[1].result(30) == image.files["data/large1"]
+    until(lambda: systemd.shows("NRestarts=1", "ActiveState=active"))
+    assert "may have read zeros" not in mount.read("errors")
+    code, log = mount.run_container("sums", name, "/bin/busybox", "sh", "-c", SUMS)
+    assert (code, log + "\n") == (0, image.sums)
+    for container in ("runs", "sums"):
+        mount.remove(container)
+    assert systemd.systemctl("stop", "ctrfs") == ""
+    assert systemd.shows("Result=success")
+
+
+def test_any_processes_die_under_a_service_manager_and_no_wrong_byte_is_read(
+    systemd: Systemd, tmp_path: Path, images: dict[str, Image], front: Proxy
+) -> None:
+    """Random sets of all that guard the layers of 20 containers, and then every one.
+
+    A container that loses its monitor is ended when the daemon is back; what it has read
+    until then is in a file.
+    """
+    mount = Mount(tmp_path)
+    mount.path = systemd.seen(mount.path)
+    chance = random.Random(11)
+    for kind in ("estargz", "zstd"):
+        mount.pull(images[kind].at(front.host))
+    kinds = {f"c{n}": ("estargz", "zstd")[n % 2] for n in range(20)}
+    script = (
+        "cd /data; for f in $(/bin/busybox ls | /bin/busybox shuf); do"
+        " /bin/busybox sha256sum $f >> /sums || echo failed >> /sums; /bin/busybox sleep 0.02;"
+        " done"
+    )
+    for name, kind in kinds.items():
+        mount.container(name, images[kind].at(front.host), "/bin/busybox", "sh", "-c", script)
+    for name in kinds:
+        mount.write(f"containers/{name}/state", "start")
+    for all_of_them in (False, True):
+        time.sleep(chance.random() * 0.2)
+        holders = set(keeper.find(group_name(mount.run))) - {systemd.pid}
+        assert len(holders) > 10
+        for pid in holders if all_of_them else chance.sample(sorted(holders), 10):
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: systemd.shows("ActiveState=active") and _answers(mount))
+    for name, kind in kinds.items():
+        until(partial(_has_stopped, mount, name))
+        path = tmp_path / "ctr/containers" / name / "rootfs/sums"
+        sums = systemd.output("cat", path).splitlines()
+        right = {f"{sha256(data)[7:]}  {path[5:]}" for path, data in images[kind].files.items()}
+        assert set(sums) <= right
+        assert len(sums) > 5
+        mount.remove(name)
 
 
 def lying_index(directory: Path, archive: bytes, layer: Descriptor) -> bytes:

@@ -224,8 +224,11 @@ def test_unmounting_while_somebody_is_in_there(place: Place) -> None:
 def test_in_the_foreground_under_a_service_manager(
     place: Place, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """sd_notify(3) when the mount answers, the journal's prefixes, and a clean end."""
+    """sd_notify(3) when the mount answers and when there is something to hold, the journal's
+    prefixes, and a clean end."""
     root, mountpoint = place("a")
+    config = tmp_path / "config.json"
+    config.write_text('{"store": {"lazy": {"method": "fanotify"}}}')
     address = tmp_path / "notify"
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
@@ -235,7 +238,16 @@ def test_in_the_foreground_under_a_service_manager(
         manager.settimeout(20)
         status = os.fstat(journal.fileno())
         daemon = subprocess.Popen(
-            [*CTRFS, "mount", "--foreground", "--root", str(root), str(mountpoint)],
+            [
+                *CTRFS,
+                "mount",
+                "--foreground",
+                "--root",
+                str(root),
+                "--config",
+                str(config),
+                str(mountpoint),
+            ],
             cwd=TOP,
             stderr=journal,
             env={
@@ -244,7 +256,9 @@ def test_in_the_foreground_under_a_service_manager(
                 "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}",
             },
         )
-        assert manager.recv(100) == b"READY=1"
+        told = {manager.recv(200) for _ in range(2)}
+        stored = f"FDSTORE=1\nFDNAME={group_name(run_directory(root))}\nFDPOLL=0".encode()
+        assert told == {b"READY=1", stored}
         assert (mountpoint / "version").exists()
         with pytest.raises(OSError):
             (mountpoint / "images/pull").write_text("RUBBISH\n")

@@ -1,0 +1,35 @@
+"""What a service tells its service manager, and leaves with it: sd_notify(3)."""
+
+import logging
+import os
+import socket
+
+log = logging.getLogger(__name__)
+
+
+def ready() -> None:
+    """Tell that the service is ready; do nothing without a service manager."""
+    _send("READY=1")
+
+
+def store(name: str, descriptors: tuple[int, ...]) -> None:
+    """Leave descriptors with the service manager, which holds them even when all our processes
+    are gone; do nothing without one. systemd knows those that it has, and takes no more than
+    the unit's FileDescriptorStoreMax=.
+    """
+    # FDPOLL=0: it would let go of a descriptor on which the kernel reports an error.
+    _send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", descriptors)
+
+
+def _send(text: str, descriptors: tuple[int, ...] = ()) -> None:
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):  # an abstract socket
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.connect(address)
+            socket.send_fds(sender, [text.encode()], descriptors)
+        except OSError as error:
+            log.warning("the service manager can't be told %r: %s", text, error)
