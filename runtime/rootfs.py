@@ -24,6 +24,7 @@ from runtime import linux
 from runtime.errors import ContainerBusy, MountFailed, Unsupported
 from runtime.layerserver.protocol import Device
 from store.cas import Digest
+from store.erofs import lacks_acls
 from store.layers import LayerImage
 
 log = logging.getLogger(__name__)
@@ -284,11 +285,11 @@ def mount_file(image: LayerImage, target: str) -> None:
     comma in a path.
     """
     if image.data is None:
-        linux.mount(str(image.meta), target, "erofs", _VIEW_FLAGS)
+        linux.mount(str(image.meta), target, "erofs", _VIEW_FLAGS, _options(image))
         return
     data = os.open(image.data, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        options = f"device=/proc/self/fd/{data}"
+        options = _options(image, f"/proc/self/fd/{data}")
         linux.mount(str(image.meta), target, "erofs", _VIEW_FLAGS, options)
     finally:
         os.close(data)
@@ -300,15 +301,21 @@ def mount_loop(image: LayerImage, target: str) -> None:
     try:
         descriptor, meta = linux.attach_loop(str(image.meta))
         held.append(descriptor)
-        options = ""
+        device = ""
         if image.data is not None:
-            descriptor, data = linux.attach_loop(str(image.data))
+            descriptor, device = linux.attach_loop(str(image.data))
             held.append(descriptor)
-            options = f"device={data}"
-        linux.mount(meta, target, "erofs", _VIEW_FLAGS, options)
+        linux.mount(meta, target, "erofs", _VIEW_FLAGS, _options(image, device))
     finally:
         for descriptor in held:
             os.close(descriptor)
+
+
+def _options(image: LayerImage, device: str = "") -> str:
+    options = [f"device={device}"] if device else []
+    if lacks_acls(image.meta):
+        options.append("noacl")
+    return ",".join(options)
 
 
 def _layer_failure(image: LayerImage, error: OSError) -> MountFailed | Unsupported:

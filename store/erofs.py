@@ -32,7 +32,11 @@ _COMPAT_MTIME = 0x2
 _INCOMPAT_CHUNKED = 0x4
 _INCOMPAT_DEVICE_TABLE = 0x8
 _SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQ24x")
-_SUPER_BLOCKS, _SUPER_INCOMPAT = 9, 14  # places of fields
+_SUPER_BLOCKS, _SUPER_LABEL, _SUPER_INCOMPAT = 9, 13, 14  # places of fields
+_LABEL = b"ctrfs"
+# Nothing in the image has an ACL. Mounted with that knowledge it says so once: `ls -l`, which
+# asks for that of each file as long as there may be some, takes a fifth less.
+_LABEL_NO_ACLS = b"ctrfs noacl"
 _DEVICE = struct.Struct("<64sII56x")
 _INODE = struct.Struct("<HHHHQIIIIqII16x")
 _CHUNK = struct.Struct("<HHI")
@@ -60,6 +64,7 @@ _XATTR_INDEXES = (
     (b"trusted.", 4),
     (b"user.", 1),
 )
+_ACLS = frozenset(name for name, _ in _XATTR_INDEXES[:2])
 _OPAQUE = {b"trusted.overlay.opaque": b"y"}
 
 _ZEROS = bytes(BLOCK)
@@ -111,6 +116,16 @@ def image_sizes(path: Path) -> tuple[int, int] | None:
     return fields[_SUPER_BLOCKS] * BLOCK, data_blocks * BLOCK
 
 
+def lacks_acls(path: Path) -> bool:
+    """Whether an image of ours says that nothing in it has an ACL. Raises OSError."""
+    with path.open("rb") as file:
+        block = file.read(BLOCK)
+    if len(block) < BLOCK:
+        return False
+    label: bytes = _SUPER.unpack_from(block, _SUPER_OFFSET)[_SUPER_LABEL]
+    return label.rstrip(b"\0") == _LABEL_NO_ACLS
+
+
 class _Layout:
     """Gives every inode its place.
 
@@ -118,7 +133,7 @@ class _Layout:
     order of their names; ``owners`` those with blocks outside the inode area,
     ``blocks`` in all. ``end`` is where the inode area ends, in bytes from the start.
     A directory's ``size`` becomes that of its entries, the ``offset`` of an owner its first
-    block, counted from the inode area's end.
+    block, counted from the inode area's end. ``acls`` tells whether anything has one.
     """
 
     def __init__(self, root: Directory) -> None:
@@ -126,6 +141,7 @@ class _Layout:
         self.parents: dict[int, int] = {}
         self.owners: list[Node] = []
         self.blocks = 0
+        self.acls = False
         self.end = BLOCK
         self._place(root)
         self.parents[root.nid] = root.nid
@@ -143,7 +159,10 @@ class _Layout:
             pending.extend(reversed(below))
 
     def _place(self, node: Node) -> None:
-        need = _INODE.size + (len(_xattrs(node)) if type(node) is Directory or node.xattrs else 0)
+        need = _INODE.size
+        if type(node) is Directory or node.xattrs:
+            need += len(_xattrs(node))
+            self.acls = self.acls or not _ACLS.isdisjoint(node.xattrs or ())
         kind = stat.S_IFMT(node.mode)
         if kind == stat.S_IFREG:
             if node.size:
@@ -341,7 +360,7 @@ def _head(layout: _Layout, blocks: int, data_size: int, uuid: bytes) -> bytes:
             0,
             0,
             uuid,
-            b"ctrfs",
+            _LABEL if layout.acls else _LABEL_NO_ACLS,
             _INCOMPAT_CHUNKED | (_INCOMPAT_DEVICE_TABLE if devices else 0),
             0,
             devices,

@@ -18,6 +18,7 @@ from runtime.rootfs import Method, Rootfs
 from store.cas import digest_of
 from store.layers import LayerImage, LayerLimits, Layers
 from tests.runtime.support import PLAIN_TAR, item, mounts_below, tar_of
+from tests.support import tars
 
 BASE = tar_of(
     [
@@ -81,6 +82,39 @@ def test_a_view_of_one_layer(stack: Stack) -> None:
     assert stat.S_IMODE(stack.target.stat().st_mode) == 0o711
     assert (stack.target / "etc/os").read_text() == "base\n"
     check_view_flags(stack.target)
+
+
+ACL = "system.posix_acl_access"
+# user::rw-, user:1:rw-, group::r--, mask::rw-, other::r--
+ACCESS = bytes.fromhex(
+    "02000000 01000600ffffffff 0200060001000000 04000400ffffffff 10000600ffffffff 20000400ffffffff"
+)
+
+
+def test_acls_of_a_layer(stack: Stack) -> None:
+    archive = tars.archive(
+        tars.pax([(f"SCHILY.xattr.{ACL}".encode(), ACCESS)]) + tars.entry(b"f", mode=0o664)
+    )
+    stack.rootfs.image_view(stack.images(archive), str(stack.target))
+    assert os.getxattr(stack.target / "f", ACL) == ACCESS
+
+
+def test_a_layer_without_acls_is_not_asked_for_those_of_each_file(stack: Stack) -> None:
+    images = stack.images(BASE)
+    stack.rootfs.image_view(images, str(stack.target))
+    with pytest.raises(OSError) as failure:
+        os.getxattr(stack.target / "etc/os", ACL)
+    assert failure.value.errno == errno.EOPNOTSUPP
+    assert "user::rw-" in subprocess.check_output(
+        ["getfacl", "-p", stack.target / "etc/os"], text=True
+    )
+    root = stack.rootfs.container("c1", images, stack.upper, stack.work)
+    with (root / "etc/os").open("a") as file:
+        file.write("mine\n")
+    for path in (root / "etc/os", root / "new"):
+        path.touch()
+        os.setxattr(path, ACL, ACCESS)
+        assert os.getxattr(path, ACL) == ACCESS
 
 
 def check_view_flags(target: Path) -> None:

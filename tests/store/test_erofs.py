@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from store.erofs import write_image
+from store.erofs import lacks_acls, write_image
 from store.index import Entry
 from store.layers import LayerImage
 from store.tree_builder import Builder
@@ -73,6 +73,18 @@ def test_contents_of_sizes_around_blocks_and_chunks(tmp_path: Path, size: int) -
     with mounted(entries, tmp_path, data) as path:
         assert (path / "f").read_bytes() == content[:size]
         assert (path / "empty").read_bytes() == b""
+
+
+def test_whether_anything_has_an_acl(tmp_path: Path) -> None:
+    acl = bytes.fromhex("02000000 01000600ffffffff 04000400ffffffff 20000400ffffffff")
+    image = tmp_path / "image"
+    for name in (b"system.posix_acl_access", b"system.posix_acl_default"):
+        image.write_bytes(image_of([Entry(b"d", DIR, xattrs={name: acl}), Entry(b"f", REG)]))
+        assert not lacks_acls(image)
+    image.write_bytes(image_of([Entry(b"f", REG, xattrs={b"user.a": b"b"})]))
+    assert lacks_acls(image)
+    image.write_bytes(b"")
+    assert not lacks_acls(image)
 
 
 def test_a_file_far_beyond_32_bits(tmp_path: Path) -> None:
