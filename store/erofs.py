@@ -40,9 +40,15 @@ _LABEL_NO_ACLS = b"ctrfs noacl"
 _DEVICE = struct.Struct("<64sII56x")
 _INODE = struct.Struct("<HHHHQIIIIqII16x")
 _CHUNK = struct.Struct("<HHI")
+# An inode of most files, which have contents and no attributes, with its chunk and what is
+# unused of the last slot.
+_FILE = struct.Struct("<HHHHQIIIIqII16xHHI24x")
 _DIRENT = struct.Struct("<QHBx")
 _XATTR_HEAD = struct.Struct("<IB7x")
 _XATTR = struct.Struct("<BBH")
+
+# Of a mode. Names in this module are found faster than those of another.
+_TYPE, _REGULAR = 0o170000, stat.S_IFREG
 
 _PLAIN, _INLINE, _CHUNKS = 0, 2, 4
 _CHUNK_INDEXES = 0x20
@@ -160,11 +166,11 @@ class _Layout:
 
     def _place(self, node: Node) -> None:
         need = _INODE.size
+        kind = node.mode & _TYPE
         if type(node) is Directory or node.xattrs:
             need += len(_xattrs(node))
             self.acls = self.acls or not _ACLS.isdisjoint(node.xattrs or ())
-        kind = stat.S_IFMT(node.mode)
-        if kind == stat.S_IFREG:
+        if kind == _REGULAR:
             if node.size:
                 need = -(-need // _CHUNK.size) * _CHUNK.size + _CHUNK.size
         elif type(node) is Directory:
@@ -224,7 +230,7 @@ def _directory_blocks(directory: Directory, parent: int) -> list[bytes]:
     """The directory's entries, in blocks of which only the last may be short."""
     types = _FILE_TYPES
     entries = [
-        (name, node.nid, types[node.mode & 0o170000]) for name, node in directory.children.items()
+        (name, node.nid, types[node.mode & _TYPE]) for name, node in directory.children.items()
     ]
     entries += ((b".", directory.nid, 2), (b"..", parent, 2))
     entries.sort()
@@ -271,12 +277,31 @@ def _write_inodes(layout: _Layout, file: BinaryIO, first_block: int) -> None:
     pieces: list[bytes] = []
     position = BLOCK
     for number, node in enumerate(layout.order, 1):
-        gap = node.nid * _SLOT - position
-        if gap:
-            pieces.append(_ZEROS[:gap])
-        piece = _inode(node, number, layout, first_block)
+        start = node.nid * _SLOT
+        if start != position:
+            pieces.append(_ZEROS[: start - position])
+        if node.size and not node.xattrs and node.mode & _TYPE == _REGULAR:
+            piece = _FILE.pack(
+                _CHUNKS << 1 | 1,
+                0,
+                node.mode,
+                0,
+                node.size,
+                _chunk_format(node.size),
+                number,
+                node.uid,
+                node.gid,
+                node.seconds,
+                node.nanoseconds,
+                node.nlink,
+                0,
+                1,
+                node.offset // BLOCK,
+            )
+        else:
+            piece = _inode(node, number, layout, first_block)
         pieces.append(piece)
-        position += gap + len(piece)
+        position = start + len(piece)
         if len(pieces) > _FLUSH:
             file.write(b"".join(pieces))
             pieces.clear()
@@ -287,12 +312,12 @@ def _write_inodes(layout: _Layout, file: BinaryIO, first_block: int) -> None:
 def _inode(node: Node, number: int, layout: _Layout, first_block: int) -> bytes:
     """An inode with what follows it."""
     xattrs = _xattrs(node) if type(node) is Directory or node.xattrs else b""
-    kind = node.mode & 0o170000
+    kind = node.mode & _TYPE
     location, data_layout, tail = node.rdev, _PLAIN, b""
-    if kind == stat.S_IFREG:
+    if kind == _REGULAR:
         if node.size:
             data_layout = _CHUNKS
-            location = _CHUNK_INDEXES | max(0, (node.size - 1).bit_length() - 12)
+            location = _chunk_format(node.size)
             tail = _CHUNK.pack(0, 1, node.offset // BLOCK)
             if (_INODE.size + len(xattrs)) % _CHUNK.size:
                 tail = b"\0\0\0\0" + tail
@@ -320,6 +345,11 @@ def _inode(node: Node, number: int, layout: _Layout, first_block: int) -> bytes:
         + xattrs
         + tail
     )
+
+
+def _chunk_format(size: int) -> int:
+    """One chunk, large enough for a file."""
+    return _CHUNK_INDEXES | max(0, (size - 1).bit_length() - 12)
 
 
 def _data(node: Node, layout: _Layout) -> list[bytes]:

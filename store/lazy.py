@@ -149,7 +149,12 @@ def prepare(
     try:
         present = bytearray(table.spans)
         total = 0
-        for number in range(table.spans):
+        touched = {
+            number
+            for offset, piece in known
+            for number in range(table.span_at(offset), table.stop_at(offset + len(piece)))
+        }
+        for number in touched:
             # What came before or after the contents, as a table of contents at the end.
             if table.is_empty(number) and _covered(table.range_of(number), known):
                 present[number] = 1
