@@ -118,24 +118,19 @@ class Layout:
                 f"{shown(self._path)} in the layer's table of contents has a chunk at "
                 f"{start}:{inner}, which overlaps another; do not trust this image"
             )
-        self._inner_end = inner + size
-        if self._wanted and item.chunk_type != _ZEROS:
-            self._add_piece(item, size)
+        end = self._inner_end = inner + size
         self._done = done + size
-
-    def _add_piece(self, item: Item, size: int) -> None:
-        end = item.inner_offset + size
+        if not self._wanted or item.chunk_type == _ZEROS:
+            return
         if end > SPAN_MAX:
             raise NotLazy(
                 f"{shown(self._path)} in the layer has a chunk that can be inflated only "
                 f"together with {end} bytes; at most {SPAN_MAX} are held in memory"
             )
-        digest = item.chunk_digest or (item.digest if size == self._size else "")
+        digest = self._digest(item.chunk_digest or (item.digest if size == self._size else ""))
         self._span_size = end
         self._total += size
-        self._pieces.append(
-            (self._target + self._done, size, item.inner_offset, self._digest(digest))
-        )
+        self._pieces.append((self._target + done, size, inner, digest))
 
     def _end_span(self, next_start: int) -> None:
         """Write the span that ends here, and begin the next."""
