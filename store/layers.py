@@ -25,6 +25,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -275,27 +276,32 @@ class Layers:
                 ranges = [(offset, len(piece)) for offset, piece in known]
                 layout.spans.write(file, layout.data_size, ranges)
             lazy.prepare(workspace, record, layout.data_size, known)
-            _sync_files(workspace)
+            names = os.listdir(workspace)
             directory = self._directory / _hex(diff_id)
             with self._lock:
                 if directory.exists():  # damaged
                     self._delete_with_chains(directory)
                 workspace.rename(directory)
-            try:
-                fillable()
-                self._complete_description(directory, diff_id, layout)
-            except BaseException:
-                self._delete(directory)
-                raise
+            with ThreadPoolExecutor(1) as pool:
+                synced = pool.submit(_sync_files, directory, names)
+                try:
+                    fillable()
+                    self._complete_description(directory, diff_id, layout, synced)
+                except BaseException:
+                    self._delete(directory)
+                    raise
             return self._layers[diff_id]
 
-    def _complete_description(self, directory: Path, diff_id: Digest, layout: LazyLayout) -> None:
+    def _complete_description(
+        self, directory: Path, diff_id: Digest, layout: LazyLayout, synced: Future[None]
+    ) -> None:
         """Add what is missing of a layer that is filled already. Until it has its record, it is
-        not a layer."""
+        not a layer, and its files need not last."""
         tree, needs_lower = build_tree(layout.entries, self._limits.layer_entries)
         record = _describe(directory, diff_id, tree, layout.data_size, needs_lower)
         record = msgspec.structs.replace(record, lazy=layout.format)
         _sync(directory / "meta.erofs")
+        synced.result()
         temporary = directory / "layer.json.tmp"
         temporary.write_bytes(msgspec.json.encode(record))
         _sync(temporary)
@@ -454,7 +460,7 @@ class Layers:
 
     def _publish(self, workspace: Path, target: Path) -> None:
         """Give a finished directory its name, durably, unless another thread was faster."""
-        _sync_files(workspace)
+        _sync_files(workspace, os.listdir(workspace))
         with self._lock:
             if target.exists():
                 if not self._is_damaged(target):
@@ -661,9 +667,9 @@ def _hex(diff_id: str) -> str:
     return diff_id.removeprefix("sha256:")
 
 
-def _sync_files(directory: Path) -> None:
-    for path in directory.iterdir():
-        _sync(path)
+def _sync_files(directory: Path, names: Sequence[str]) -> None:
+    for name in names:
+        _sync(directory / name)
     sync_directory(directory)
 
 
