@@ -7,9 +7,11 @@ kernel's fs/erofs/erofs_fs.h (see also Documentation/filesystems/erofs.rst):
     block 0   superblock at 1024, device slot at 1152
     block 1…  inodes in slots of 32 bytes, each followed by its attributes and by
               its chunk index or, if that fits into the block, its last bytes
+    then      those of plain files, which have contents and no attributes, 42 in a block
     then      blocks of directories and symbolic links that don't fit there
 
-Cost: about 5 µs an inode. The same tree gives the same bytes.
+Cost: about 2 µs an inode; most are plain files, which are all alike. The same tree gives the same
+bytes.
 """
 
 import stat
@@ -40,9 +42,9 @@ _LABEL_NO_ACLS = b"ctrfs noacl"
 _DEVICE = struct.Struct("<64sII56x")
 _INODE = struct.Struct("<HHHHQIIIIqII16x")
 _CHUNK = struct.Struct("<HHI")
-# An inode of most files, which have contents and no attributes, with its chunk and what is
-# unused of the last slot.
+# A plain file's inode with its chunk, and what is unused of the last slot.
 _FILE = struct.Struct("<HHHHQIIIIqII16xHHI24x")
+_FILES = 4096 // _FILE.size
 _DIRENT = struct.Struct("<QHBx")
 _XATTR_HEAD = struct.Struct("<IB7x")
 _XATTR = struct.Struct("<BBH")
@@ -94,13 +96,13 @@ def write_image(root: Directory, file: BinaryIO, data_size: int, uuid: bytes) ->
         uuid: 16 bytes to tell images apart.
     """
     layout = _Layout(root)
-    inode_blocks = -(-layout.end // BLOCK)
-    total = inode_blocks + layout.blocks
+    total = layout.inode_blocks + layout.blocks
     file.write(_head(layout, total, data_size, uuid))
-    _write_inodes(layout, file, inode_blocks)
+    _write_inodes(layout, file)
+    _write_files(layout, file)
     for owner in layout.owners:
         _write_blocks(layout, owner, file)
-    return ImageFacts(len(layout.order), total * BLOCK)
+    return ImageFacts(layout.inodes, total * BLOCK)
 
 
 def image_sizes(path: Path) -> tuple[int, int] | None:
@@ -136,19 +138,20 @@ class _Layout:
     """Gives every inode its place.
 
     ``order`` are the inodes as they will lie, those of one directory together in the
-    order of their names; ``owners`` those with blocks outside the inode area,
-    ``blocks`` in all. ``end`` is where the inode area ends, in bytes from the start.
-    A directory's ``size`` becomes that of its entries, the ``offset`` of an owner its first
-    block, counted from the inode area's end. ``acls`` tells whether anything has one.
+    order of their names, up to the block ``files_at``; ``files`` likewise those of plain files.
+    ``owners`` have blocks behind the ``inode_blocks``, ``blocks`` in all. A directory's ``size``
+    becomes that of its entries, the ``offset`` of an owner its first block, counted from there.
+    ``acls`` tells whether anything has one.
     """
 
     def __init__(self, root: Directory) -> None:
         self.order: list[Node] = []
+        self.files: list[Node] = []
         self.parents: dict[int, int] = {}
         self.owners: list[Node] = []
         self.blocks = 0
         self.acls = False
-        self.end = BLOCK
+        self._end = BLOCK
         self._place(root)
         self.parents[root.nid] = root.nid
         pending = [root]
@@ -158,11 +161,22 @@ class _Layout:
             for child in directory.children.values():
                 if child.nid:  # another name of a file that has its place
                     continue
+                if child.size and not child.xattrs and child.mode & _TYPE == _REGULAR:
+                    child.nid = 1  # until all are known
+                    self.files.append(child)
+                    continue
                 self._place(child)
                 if type(child) is Directory:
                     self.parents[child.nid] = directory.nid
                     below.append(child)
             pending.extend(reversed(below))
+        self.files_at = -(-self._end // BLOCK)
+        slot = self.files_at * (BLOCK // _SLOT)
+        for number, node in enumerate(self.files):
+            block, place = divmod(number, _FILES)
+            node.nid = slot + block * (BLOCK // _SLOT) + place * (_FILE.size // _SLOT)
+        self.inode_blocks = self.files_at + -(-len(self.files) // _FILES)
+        self.inodes = len(self.order) + len(self.files)
 
     def _place(self, node: Node) -> None:
         need = _INODE.size
@@ -179,13 +193,13 @@ class _Layout:
             need = self._place_data(node, need)
         elif kind == stat.S_IFLNK:
             need = self._place_data(node, need)
-        start = self.end
+        start = self._end
         # The kernel wants inlined data within one block, and is faster with whole inodes there.
         if need <= BLOCK < start % BLOCK + need:
             start += -start % BLOCK
         node.nid = start // _SLOT
         end = start + need
-        self.end = end + -end % _SLOT
+        self._end = end + -end % _SLOT
         self.order.append(node)
 
     def _place_data(self, node: Node, need: int) -> int:
@@ -273,16 +287,31 @@ def _xattrs(node: Node) -> bytes:
 # --- writing -----------------------------------------------------------------------------
 
 
-def _write_inodes(layout: _Layout, file: BinaryIO, first_block: int) -> None:
+def _write_inodes(layout: _Layout, file: BinaryIO) -> None:
     pieces: list[bytes] = []
     position = BLOCK
     for number, node in enumerate(layout.order, 1):
-        start = node.nid * _SLOT
-        if start != position:
-            pieces.append(_ZEROS[: start - position])
-        if node.size and not node.xattrs and node.mode & _TYPE == _REGULAR:
-            piece = _FILE.pack(
-                _CHUNKS << 1 | 1,
+        gap = node.nid * _SLOT - position
+        if gap:
+            pieces.append(_ZEROS[:gap])
+        piece = _inode(node, number, layout)
+        pieces.append(piece)
+        position += gap + len(piece)
+        if len(pieces) > _FLUSH:
+            file.write(b"".join(pieces))
+            pieces.clear()
+    pieces.append(bytes(layout.files_at * BLOCK - position))
+    file.write(b"".join(pieces))
+
+
+def _write_files(layout: _Layout, file: BinaryIO) -> None:
+    pack = _FILE.pack
+    shape = _CHUNKS << 1 | 1
+    number = len(layout.order) + 1
+    for first in range(0, len(layout.files), _FILES):
+        pieces = [
+            pack(
+                shape,
                 0,
                 node.mode,
                 0,
@@ -298,18 +327,12 @@ def _write_inodes(layout: _Layout, file: BinaryIO, first_block: int) -> None:
                 1,
                 node.offset // BLOCK,
             )
-        else:
-            piece = _inode(node, number, layout, first_block)
-        pieces.append(piece)
-        position = start + len(piece)
-        if len(pieces) > _FLUSH:
-            file.write(b"".join(pieces))
-            pieces.clear()
-    pieces.append(bytes(first_block * BLOCK - position))
-    file.write(b"".join(pieces))
+            for number, node in enumerate(layout.files[first : first + _FILES], number + first)
+        ]
+        file.write(b"".join(pieces).ljust(BLOCK, b"\0"))
 
 
-def _inode(node: Node, number: int, layout: _Layout, first_block: int) -> bytes:
+def _inode(node: Node, number: int, layout: _Layout) -> bytes:
     """An inode with what follows it."""
     xattrs = _xattrs(node) if type(node) is Directory or node.xattrs else b""
     kind = node.mode & _TYPE
@@ -322,7 +345,7 @@ def _inode(node: Node, number: int, layout: _Layout, first_block: int) -> bytes:
             if (_INODE.size + len(xattrs)) % _CHUNK.size:
                 tail = b"\0\0\0\0" + tail
     elif type(node) is Directory or kind == stat.S_IFLNK:
-        location = first_block + node.offset
+        location = layout.inode_blocks + node.offset
         tail_size = node.size % BLOCK
         if tail_size and _INODE.size + len(xattrs) + tail_size <= BLOCK:
             data_layout = _INLINE
@@ -383,7 +406,7 @@ def _head(layout: _Layout, blocks: int, data_size: int, uuid: bytes) -> bytes:
             12,
             0,
             BLOCK // _SLOT,  # the root is the first inode
-            len(layout.order),
+            layout.inodes,
             0,
             0,
             blocks,

@@ -48,6 +48,8 @@ SPAN_MAX = 32 << 20
 
 _BUFFER = 1 << 20
 
+_LARGE = 20_000
+
 
 class LayerIndex(msgspec.Struct, frozen=True):
     """What lazy loading needs to know of a layer.
@@ -60,6 +62,11 @@ class LayerIndex(msgspec.Struct, frozen=True):
     entries: list[Entry]
     spans: SpanWriter
     data_size: int
+
+    @property
+    def is_large(self) -> bool:
+        """There are so many files that making an image of them takes long."""
+        return len(self.entries) > _LARGE
 
 
 def build_index(

@@ -26,7 +26,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -34,7 +34,9 @@ import msgspec
 
 from store import lazy
 from store.cas import Digest, sync_directory
-from store.erofs import image_sizes, write_image
+from store.describer import Describing, describing
+from store.description import Description, Frame, describe
+from store.erofs import image_sizes
 from store.errors import ContentNeeded, CorruptContent, InvalidLayer, storage
 from store.index import Entry, IndexWriter, read_index
 from store.lazy import LazyRecord
@@ -136,6 +138,11 @@ class LazyLayout(Protocol):
     def data_size(self) -> int:
         """Of the data file, in bytes."""
 
+    @property
+    def is_large(self) -> bool:
+        """Whether there are so many entries that making an image of them takes long; known before
+        they are."""
+
 
 # Of a layer's files. One of another format is removed and made again; chains of another
 # format are not looked at, and go with their layers.
@@ -236,10 +243,12 @@ class Layers:
                 self._limits,
                 cancelled,
             )
-            tree = unpacked.tree
             if not unpacked.data_size:
                 (workspace / "data").unlink()
-            record = _describe(workspace, diff_id, tree, unpacked.data_size, unpacked.needs_lower)
+            frame = _frame(unpacked.data_size, _hex(diff_id))
+            with (workspace / "meta.erofs").open("xb") as meta:
+                description = describe(unpacked.tree, unpacked.needs_lower, meta, frame)
+            record = _record(workspace, diff_id, unpacked.data_size, description)
             return self._add(workspace, msgspec.structs.replace(record, not_lazy=not_lazy))
 
     def add_lazy(
@@ -267,38 +276,50 @@ class Layers:
             existing = self.get(diff_id)
             if existing is not None:
                 return existing  # a pull that was abandoned went on
-            with (workspace / "index").open("xb") as file:
-                index = IndexWriter(file)
-                for entry in layout.entries:
-                    index.add(entry)
-                index.close()
-            with (workspace / "spans").open("xb") as file:
-                ranges = [(offset, len(piece)) for offset, piece in known]
-                layout.spans.write(file, layout.data_size, ranges)
-            lazy.prepare(workspace, record, layout.data_size, known)
-            names = os.listdir(workspace)
-            directory = self._directory / _hex(diff_id)
-            with self._lock:
-                if directory.exists():  # damaged
-                    self._delete_with_chains(directory)
-                workspace.rename(directory)
-            with ThreadPoolExecutor(1) as pool:
-                synced = pool.submit(_sync_files, directory, names)
-                try:
-                    fillable()
-                    self._complete_description(directory, diff_id, layout, synced)
-                except BaseException:
-                    self._delete(directory)
-                    raise
+            index, most = workspace / "index", self._limits.layer_entries
+            index.touch()
+            with (
+                (workspace / "meta.erofs").open("xb") as meta,
+                closing(describing(layout, index, meta, most)) as description,
+            ):
+                _write_index(index, layout.entries)
+                description.begin(_frame(layout.data_size, _hex(diff_id)))
+                with (workspace / "spans").open("xb") as file:
+                    ranges = [(offset, len(piece)) for offset, piece in known]
+                    layout.spans.write(file, layout.data_size, ranges)
+                lazy.prepare(workspace, record, layout.data_size, known)
+                names = os.listdir(workspace)
+                directory = self._name_fillable(workspace, diff_id)
+                with ThreadPoolExecutor(1) as pool:
+                    synced = pool.submit(_sync_files, directory, names)
+                    try:
+                        fillable()
+                        self._make_mountable(directory, diff_id, layout, description, synced)
+                    except BaseException:
+                        self._delete(directory)
+                        raise
             return self._layers[diff_id]
 
-    def _complete_description(
-        self, directory: Path, diff_id: Digest, layout: LazyLayout, synced: Future[None]
+    def _name_fillable(self, workspace: Path, diff_id: Digest) -> Path:
+        """Give a lazy layer's directory its name. Until it has its record, it is not a layer, and
+        its files need not last."""
+        directory = self._directory / _hex(diff_id)
+        with self._lock:
+            if directory.exists():  # damaged
+                self._delete_with_chains(directory)
+            workspace.rename(directory)
+        return directory
+
+    def _make_mountable(
+        self,
+        directory: Path,
+        diff_id: Digest,
+        layout: LazyLayout,
+        description: Describing,
+        synced: Future[None],
     ) -> None:
-        """Add what is missing of a layer that is filled already. Until it has its record, it is
-        not a layer, and its files need not last."""
-        tree, needs_lower = build_tree(layout.entries, self._limits.layer_entries)
-        record = _describe(directory, diff_id, tree, layout.data_size, needs_lower)
+        """Make a layer of what is filled already, when its files are ``synced``."""
+        record = _record(directory, diff_id, layout.data_size, description.result())
         record = msgspec.structs.replace(record, lazy=layout.format)
         _sync(directory / "meta.erofs")
         synced.result()
@@ -423,7 +444,8 @@ class Layers:
             if tree.borrowed:
                 stack.require_content(position)
                 data_size = stack.gather_data(position, workspace / "data")
-            _write_meta(workspace, tree, data_size, directory.name)
+            with (workspace / "meta.erofs").open("xb") as meta:
+                describe(tree, "", meta, _frame(data_size, directory.name))
             (workspace / "diff_ids").write_text(diff_ids)
             self._publish(workspace, directory)
 
@@ -571,47 +593,33 @@ def _copy(source: Path, offset: int, size: int, target_fd: int, target: int) -> 
             size -= done
 
 
-def build_tree(entries: Sequence[Entry], max_inodes: int) -> tuple[Tree, str]:
-    """A layer's tree as it is without lower layers, and why it needs some if it does.
-
-    Raises:
-        InvalidLayer, LimitExceeded: the entries make no sense, or are too many.
-    """
-    builder = Builder(max_inodes=max_inodes)
-    needs_lower = ""
-    for entry in entries:
-        try:
-            builder.add(entry)
-        except InvalidLayer as error:
-            if not builder.depends:
-                raise
-            needs_lower = error.sentence  # may be right over lower layers
-            break
-    tree = builder.finish()
-    return tree, needs_lower or tree.unresolved
+def _frame(data_size: int, identity: str) -> Frame:
+    return Frame(data_size, bytes.fromhex(identity)[:16])
 
 
-def _describe(
-    workspace: Path, diff_id: Digest, tree: Tree, data_size: int, needs_lower: str
+def _write_index(path: Path, entries: Sequence[Entry]) -> None:
+    with path.open("wb") as file:
+        index = IndexWriter(file)
+        for entry in entries:
+            index.add(entry)
+        index.close()
+
+
+def _record(
+    directory: Path, diff_id: Digest, data_size: int, description: Description
 ) -> LayerRecord:
-    """Write ``meta.erofs``; the record of a layer whose index is written already."""
+    """The record of a layer whose index is written already."""
     return LayerRecord(
         format=_FORMAT,
         diff_id=diff_id,
         data_size=data_size,
-        inodes=_write_meta(workspace, tree, data_size, _hex(diff_id)),
-        depends=tree.depends,
-        root_depends=tree.root_depends,
-        needs_lower=needs_lower,
-        index_size=(workspace / "index").stat().st_size,
+        inodes=description.inodes,
+        depends=description.depends,
+        root_depends=description.root_depends,
+        needs_lower=description.needs_lower,
+        index_size=(directory / "index").stat().st_size,
         instance=secrets.token_hex(8),
     )
-
-
-def _write_meta(workspace: Path, tree: Tree, data_size: int, identity: str) -> int:
-    """Write ``meta.erofs``; the number of inodes."""
-    with (workspace / "meta.erofs").open("xb") as file:
-        return write_image(tree.root, file, data_size, bytes.fromhex(identity)[:16]).inodes
 
 
 def _wrong_file(layer: Layer) -> str:

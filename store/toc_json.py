@@ -8,7 +8,6 @@ docs/containers-storage-zstd-chunked.md and pkg/chunked/internal/minimal.
 """
 
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Annotated
@@ -101,8 +100,8 @@ _DOCUMENT = msgspec.json.Decoder(_Document)
 _XATTRS = msgspec.json.Decoder(dict[str, bytes] | None)
 
 
-def decode(json: bytes, limits: LayerLimits) -> Iterator[Item]:
-    """The items, in order; each is let go of as it is taken.
+def decode(json: bytes, limits: LayerLimits) -> list[Item]:
+    """The items, in order.
 
     Raises:
         InvalidLayer: it is no table of contents.
@@ -127,13 +126,7 @@ def decode(json: bytes, limits: LayerLimits) -> Iterator[Item]:
             f"the layer's table of contents is of version {document.version}; "
             f"only version {VERSION} is supported"
         )
-    return _taken(document.entries or [])
-
-
-def _taken(items: list[Item]) -> Iterator[Item]:
-    items.reverse()
-    while items:
-        yield items.pop()
+    return document.entries or []
 
 
 def entry_of(item: Item) -> Entry:

@@ -9,11 +9,11 @@ from itertools import starmap
 
 from store.errors import InvalidLayer, NotLazy
 from store.index import Entry
-from store.spans import Piece, Span, SpanWriter
+from store.spans import Codec, Piece, Span, SpanWriter
 from store.tar_entry import REBUILD
 from store.tar_names import shown
-from store.toc_json import Item, RawToc
-from store.unpack import LayerLimits, aligned, check_content, check_size
+from store.toc_json import Item
+from store.unpack import LayerLimits, check_size
 
 # What one span may inflate to: whoever reads a byte of it holds all of it in memory, and waits
 # for all of it. eStargz has 4 MiB unless told otherwise, zstd:chunked less.
@@ -28,7 +28,8 @@ class Layout:
     """Takes files with their chunks in the table's order, which must be the blob's.
 
     Args:
-        toc: the table.
+        codec: how chunks are compressed.
+        end: where in the blob the files' contents end, in bytes.
         blob_size: in bytes.
 
     Every method raises InvalidLayer for chunks that can't be as the table says, LimitExceeded
@@ -36,12 +37,11 @@ class Layout:
     memory, or stands elsewhere in the table than in the blob.
     """
 
-    def __init__(self, toc: RawToc, blob_size: int, limits: LayerLimits) -> None:
-        self._end = toc.end
+    def __init__(self, codec: Codec, end: int, blob_size: int, limits: LayerLimits) -> None:
+        self._end = end
         self._blob_size = blob_size
         self._limits = limits
-        self._writer = SpanWriter(toc.codec, blob_size)
-        self._data_end = 0
+        self._writer = SpanWriter(codec, blob_size)
         self._total = 0  # what comes out of all spans
         # The file whose chunks come now, its place, and how many of its bytes they have.
         self._name = ""
@@ -57,7 +57,7 @@ class Layout:
         self._pieces: list[tuple[int, int, int, bytes]] = []  # as the fields of Piece
 
     def add(self, entry: Entry, item: Item, *, wanted: bool = True) -> int:
-        """Begin with the next entry and give it its place; chunks that follow belong to it.
+        """Begin with the next entry, which has its place; chunks that follow belong to it.
 
         Args:
             wanted: False for a file that the image does not have.
@@ -75,9 +75,7 @@ class Layout:
         self._size = entry.size
         self._wanted = wanted
         if wanted:
-            self._target = entry.offset = aligned(self._data_end)
-            self._data_end = entry.offset + entry.size
-            check_content(entry, self._limits)
+            self._target = entry.offset
         self._take(item)
         return item.offset
 
@@ -90,13 +88,13 @@ class Layout:
             )
         self._take(item)
 
-    def finish(self) -> tuple[SpanWriter, int]:
-        """All spans, and the data file's size in bytes."""
+    def finish(self) -> SpanWriter:
+        """All spans."""
         if self._done != self._size:
             raise self._uneven()
         self._end_span(self._end)
         check_size(self._total, self._blob_size, self._limits)
-        return self._writer, aligned(self._data_end)
+        return self._writer
 
     def _take(self, item: Item) -> None:
         done = self._done

@@ -17,9 +17,10 @@ import trio
 from runtime.layerserver.client import LayerServerFailed
 from runtime.layerserver.protocol import PID_FILE, Device
 from runtime.rootfs import Rootfs
-from store import indexing, layers
+from store import indexing
 from store.cas import Digest
 from store.config import Mode
+from store.description import build_tree
 from store.errors import InvalidLayer
 from store.images import Image
 from store.index import Entry, read_index
@@ -576,7 +577,8 @@ async def test_what_is_wanted_first_comes_while_the_layer_is_made(
     blob = lazy.estargz(tars.archive(first, lazy.PREFETCH, rest))
     pushed = push_blobs(registry, layout, name, [(blob.data, blob.layer, blob.diff_id)])
     site = Site(tmp_path, method)
-    make, directory = layers.build_tree, site.root / "layers" / blob.diff_id.removeprefix("sha256:")
+    make = build_tree
+    directory = site.root / "layers" / blob.diff_id.removeprefix("sha256:")
 
     def make_late(*arguments: Any) -> Any:
         # Footer, table, and what comes before the landmark.
@@ -586,7 +588,7 @@ async def test_what_is_wanted_first_comes_while_the_layer_is_made(
             time.sleep(0.01)
         return make(*arguments)
 
-    monkeypatch.setattr(layers, "build_tree", make_late)
+    monkeypatch.setattr("store.describer.build_tree", make_late)
     async with site.opened():
         if good:
             image = await site.pull(f"{front.host}/{pushed}")

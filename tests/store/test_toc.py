@@ -72,7 +72,7 @@ TREE = archive(
 
 def refusal(blob: LazyBlob, error: type[StoreError], limits: LayerLimits = LIMITS) -> str:
     with pytest.raises(StoreError) as caught:
-        read_toc(blob.layer, blob.read, limits)
+        toc_of(blob, limits)
     assert type(caught.value) is error, caught.value.sentence
     sentence = caught.value.sentence
     assert "\n" not in sentence

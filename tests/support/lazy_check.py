@@ -18,8 +18,11 @@ HIDDEN = {b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"}
 
 
 def toc_of(blob: LazyBlob, limits: LayerLimits = LIMITS) -> Toc:
+    """All that is in the table, as a pull works it out."""
     toc = read_toc(blob.layer, blob.read, limits)
     assert toc is not None
+    assert toc.entries is not None
+    assert toc.spans is not None
     return toc
 
 

@@ -23,7 +23,7 @@ def nobody_fills() -> None:
 class HandMade:
     """A gzip layer whose chunks are members of their own, and what a table would say of it.
 
-    ``format``, ``entries``, ``spans`` and ``data_size`` make it a ``LazyLayout``.
+    ``format``, ``entries``, ``spans``, ``data_size`` and ``is_large`` make it a ``LazyLayout``.
 
     Attributes:
         blob: the layer.
@@ -38,6 +38,7 @@ class HandMade:
     format: str = "by hand"
     entries: list[Entry] = field(default_factory=list)
     data_size: int = 0
+    is_large: bool = False
 
     def __post_init__(self) -> None:
         archive, blob, data = bytearray(), bytearray(), bytearray()

@@ -1,0 +1,173 @@
+"""Describing a large layer in a process of its own.
+
+Python runs one thread at a time. To describe a layer with as many files as a whole toolchain
+takes as long as to find where their contents come from; so both are done at once.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import msgspec
+
+from store.description import Description, Frame, build_tree, describe
+from store.errors import CorruptContent, InvalidLayer, LimitExceeded, StoreError
+from store.index import Entry, read_index
+
+
+class Entries(Protocol):
+    """A layer's; see ``layers.LazyLayout``."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether there are many, before they are asked for."""
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """All of them."""
+
+
+class Describing(Protocol):
+    """The description of a layer, in the making."""
+
+    def begin(self, frame: Frame) -> None:
+        """All entries are in the index."""
+
+    def result(self) -> Description:
+        """Wait for it.
+
+        Raises:
+            InvalidLayer, LimitExceeded: the entries make no sense, or are too many.
+            OSError: from writing the image.
+        """
+
+    def close(self) -> None:
+        """End what is still being done."""
+
+
+def describing(layout: Entries, index: Path, meta: BinaryIO, max_inodes: int) -> Describing:
+    """Make ready to describe a layer.
+
+    Args:
+        index: a file that will hold the entries.
+        meta: where the image goes, an empty file.
+        max_inodes: the layer is refused if it has more.
+    """
+    if layout.is_large and len(os.sched_getaffinity(0)) > 1:
+        return _Apart(index, meta, max_inodes)
+    return _Here(layout, meta, max_inodes)
+
+
+class _Here:
+    """Describes when the result is asked for."""
+
+    def __init__(self, layout: Entries, meta: BinaryIO, max_inodes: int) -> None:
+        self._layout = layout
+        self._meta = meta
+        self._max_inodes = max_inodes
+        self._frame = Frame(0, b"")
+
+    def begin(self, frame: Frame) -> None:
+        self._frame = frame
+
+    def result(self) -> Description:
+        tree, needs_lower = build_tree(self._layout.entries, self._max_inodes)
+        return describe(tree, needs_lower, self._meta, self._frame)
+
+    def close(self) -> None:
+        pass
+
+
+class _Job(msgspec.Struct, frozen=True):
+    frame: Frame
+    max_inodes: int
+
+
+class _Refused(msgspec.Struct, frozen=True, tag=True):
+    kind: str
+    sentence: str
+
+
+class _Failed(msgspec.Struct, frozen=True, tag=True):
+    errno: int
+
+
+_REFUSALS = {error.__name__: error for error in (CorruptContent, InvalidLayer, LimitExceeded)}
+_ANSWER = msgspec.msgpack.Decoder(Description | _Refused | _Failed)
+
+
+class _Apart:
+    """The side that asks. The process is started before there is anything to do, for until it can
+    do it takes a tenth of a second."""
+
+    def __init__(self, index: Path, meta: BinaryIO, max_inodes: int) -> None:
+        self._max_inodes = max_inodes
+        # By descriptors: the directory that the files are in gets its name meanwhile.
+        with index.open("rb") as entries:
+            files = (entries.fileno(), meta.fileno())
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "store.describer", *map(str, files)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=files,
+                start_new_session=True,  # signals from a terminal are for the daemon
+            )
+
+    def begin(self, frame: Frame) -> None:
+        job = msgspec.msgpack.encode(_Job(frame, self._max_inodes))
+        assert self._process.stdin
+        with suppress(BrokenPipeError):  # result() says why
+            self._process.stdin.write(job)
+            self._process.stdin.close()
+
+    def result(self) -> Description:
+        assert self._process.stdout
+        answer = self._process.stdout.read()
+        code = self._process.wait()
+        if code or not answer:
+            raise StoreError(
+                f"the process that lists the layer's files has ended with code {code}; if the"
+                " machine is short of memory, pull again when it has more"
+            )
+        answered = _ANSWER.decode(answer)
+        if isinstance(answered, _Refused):
+            raise _REFUSALS[answered.kind](answered.sentence)
+        if isinstance(answered, _Failed):
+            raise OSError(answered.errno, os.strerror(answered.errno))
+        assert isinstance(answered, Description)
+        return answered
+
+    def close(self) -> None:
+        with suppress(BrokenPipeError), self._process:
+            self._process.kill()
+
+
+def main() -> None:
+    """The side that answers, unless the layer is given up meanwhile."""
+    index, meta = map(int, sys.argv[1:])
+    job = sys.stdin.buffer.read()
+    if not job:
+        return
+    answer: Description | _Refused | _Failed
+    try:
+        with os.fdopen(meta, "wb") as file:
+            answer = _answer(Path(f"/proc/self/fd/{index}"), file, job)
+    except tuple(_REFUSALS.values()) as error:
+        answer = _Refused(type(error).__name__, error.sentence)
+    except OSError as error:
+        answer = _Failed(error.errno or 0)
+    sys.stdout.buffer.write(msgspec.msgpack.encode(answer))
+
+
+def _answer(index: Path, meta: BinaryIO, job: bytes) -> Description:
+    wanted = msgspec.msgpack.decode(job, type=_Job)
+    tree, needs_lower = build_tree(read_index(index), wanted.max_inodes)
+    return describe(tree, needs_lower, meta, wanted.frame)
+
+
+if __name__ == "__main__":
+    main()
