@@ -58,6 +58,7 @@ _UNLIMITED_MARKS = 0x20
 _MARK_ADD = 0x1
 _MARK_REMOVE = 0x2
 _OPEN = 0x20
+_OPEN_EXEC = 0x1000
 _PRE_ACCESS = 0x0010_0000
 
 # fanotify(7): struct fanotify_event_metadata (length, version, reserved, length of itself, mask,
@@ -185,6 +186,8 @@ class PreContentGroup:
         flags = CLASS_PRE_CONTENT | _UNLIMITED_QUEUE | _UNLIMITED_MARKS
         fd = linux.fanotify_init(flags | _CLOEXEC | _NONBLOCK, _event_flags())
         slots_fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        # Nobody executes it, so no event comes of this mark, which shows whose slots they are.
+        linux.fanotify_mark(fd, _MARK_ADD, _OPEN_EXEC, slots_fd, None)
         os.ftruncate(slots_fd, (slots + 1) * _SLOT)
         os.pwrite(slots_fd, _MAGIC, 0)
         return cls(fd, slots_fd)
@@ -202,7 +205,7 @@ class PreContentGroup:
         if os.pread(slots_fd, len(_MAGIC), 0) != _MAGIC:
             raise Unsupported(
                 "the waiting reads were recorded by another version of ctrfs; stop the"
-                " containers of incomplete images, then start it again"
+                " containers of incomplete images and the service, then start it again"
             )
         return cls(fd, slots_fd)
 

@@ -50,8 +50,17 @@ def stop(name: str) -> None:
     """End the keepers of the group whose memory file has this name; other holders stay."""
     for pid in find(name):
         process = identify(pid)
-        if process and command_line(pid)[-1:] == ["infinity"]:
+        if process and _is_keeper(pid):
             process.send(signal.SIGKILL)
+
+
+def is_there(name: str) -> bool:
+    """Whether the group has a keeper; other holders don't count."""
+    return any(_is_keeper(pid) for pid in find(name))
+
+
+def _is_keeper(pid: int) -> bool:
+    return command_line(pid)[-1:] == ["infinity"]
 
 
 def find(name: str) -> list[int]:
@@ -99,30 +108,41 @@ def _duplicates(pidfd: int, held: tuple[int, int]) -> tuple[int, int] | None:
 def _held(pid: int, name: str) -> tuple[int, int] | None:
     """The numbers of the two descriptors in another process."""
     process = Path(f"/proc/{pid}")
-    group = slots = None
+    slots: dict[tuple[int, int], int] = {}  # by inode
+    groups: list[int] = []
     with suppress(OSError):
         if process.stat().st_uid != os.geteuid():
             return None
-        for number in os.listdir(process / "fd"):
-            link = os.readlink(process / "fd" / number)
+        for number in map(int, os.listdir(process / "fd")):
+            link = os.readlink(process / f"fd/{number}")
             if link == f"/memfd:{name} (deleted)":
                 # One with a lock is what the reader of the events has for itself.
                 if not _facts(process, number, "lock:"):
-                    slots = int(number)
+                    status = (process / f"fd/{number}").stat()
+                    slots[status.st_ino, _kernels(status.st_dev)] = number
             elif link == "anon_inode:[fanotify]" and _is_for_root(process, number):
-                group = int(number)
-    return None if group is None or slots is None else (group, slots)
+                groups.append(number)
+        # A service manager may hold those of several daemons.
+        for group in groups if slots else ():
+            for mark in _facts(process, group, "fanotify ino:"):
+                inode, device = (int(word.rpartition(":")[2], 16) for word in mark.split()[:2])
+                if (inode, device) in slots:
+                    return group, slots[inode, device]
+    return None
 
 
-def _facts(process: Path, number: str, key: str) -> list[str]:
-    """The words after a key in what the kernel says about a descriptor."""
-    for line in (process / "fdinfo" / number).read_text().splitlines():
-        if line.startswith(key):
-            return line.removeprefix(key).split()
-    return []
+def _kernels(device: int) -> int:
+    """A device number as the kernel has it, and shows with marks."""
+    return os.major(device) << 20 | os.minor(device)
 
 
-def _is_for_root(process: Path, number: str) -> bool:
+def _facts(process: Path, number: int, key: str) -> list[str]:
+    """What follows a key in lines of what the kernel says about a descriptor."""
+    lines = (process / f"fdinfo/{number}").read_text().splitlines()
+    return [line.removeprefix(key) for line in lines if line.startswith(key)]
+
+
+def _is_for_root(process: Path, number: int) -> bool:
     """Whether a group has a class that needs CAP_SYS_ADMIN: ``fanotify flags:3b event-flags:…``."""
     flags = _facts(process, number, "fanotify flags:")
-    return bool(flags) and bool(int(flags[0], 16) & CLASS_PRE_CONTENT)
+    return bool(flags) and bool(int(flags[0].split()[0], 16) & CLASS_PRE_CONTENT)

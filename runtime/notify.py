@@ -21,6 +21,11 @@ def store(name: str, descriptors: tuple[int, ...]) -> None:
     _send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", descriptors)
 
 
+def forget(name: str) -> None:
+    """Take them back."""
+    _send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
 def _send(text: str, descriptors: tuple[int, ...] = ()) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:

@@ -109,8 +109,9 @@ class _Apart:
         # By descriptors: the directory that the files are in gets its name meanwhile.
         with index.open("rb") as entries:
             files = (entries.fileno(), meta.fileno())
+            # -P: nothing is imported from the directory that this process was started in.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "store.describer", *map(str, files)],
+                [sys.executable, "-P", "-m", "store.describer", *map(str, files)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=files,
@@ -160,7 +161,8 @@ def main() -> None:
         answer = _Refused(type(error).__name__, error.sentence)
     except OSError as error:
         answer = _Failed(error.errno or 0)
-    sys.stdout.buffer.write(msgspec.msgpack.encode(answer))
+    with suppress(BrokenPipeError):
+        os.write(sys.stdout.fileno(), msgspec.msgpack.encode(answer))
 
 
 def _answer(index: Path, meta: BinaryIO, job: bytes) -> Description:

@@ -35,7 +35,8 @@ _NOBODY = Caller(0, 0, 0)
 
 def client(options: Options, store: Store, level: str, *, background: bool) -> LayerClient:
     """The daemon's connection to its layer server."""
-    command = [sys.executable, "-m", "tools.layerserver", str(options.root), str(options.run)]
+    # -P: nothing is imported from the directory that the daemon was started in.
+    command = [sys.executable, "-P", "-m", "tools.layerserver", str(options.root), str(options.run)]
     command += [level, *(["log"] if background else [])]
     return LayerClient(options.run, store.config, command, silent=background)
 

@@ -271,6 +271,8 @@ class LayerClient:
             if isinstance(answer, Failure):
                 log.info("%s", answer.sentence)
                 return
+            if self.held:  # the next one, which may be of another version, begins anew
+                notify.forget(group_name(self._run))
         except (OSError, trio.BrokenResourceError, EOFError):
             if self._process is None:
                 return

@@ -69,7 +69,7 @@ class FanotifyServing:
         found = find_group(run)
         self._is_new = found is None
         self._group = found or PreContentGroup.create(_SLOTS, group_name(run))
-        if not keeper.find(group_name(run)):
+        if not keeper.is_there(group_name(run)):
             keeper.start(self._group)
 
     @property

@@ -550,12 +550,14 @@ def test_a_service_manager_holds_readers_when_all_who_guard_them_die(
         assert read[1].result(30) == image.files["data/large1"]
     until(lambda: systemd.shows("NRestarts=1", "ActiveState=active"))
     assert "may have read zeros" not in mount.read("errors")
+    assert keeper.is_there(group_name(mount.run))
     code, log = mount.run_container("sums", name, "/bin/busybox", "sh", "-c", SUMS)
     assert (code, log + "\n") == (0, image.sums)
     for container in ("runs", "sums"):
         mount.remove(container)
     assert systemd.systemctl("stop", "ctrfs") == ""
     assert systemd.shows("Result=success")
+    assert keeper.find(group_name(mount.run)) == []
 
 
 def test_any_processes_die_under_a_service_manager_and_no_wrong_byte_is_read(

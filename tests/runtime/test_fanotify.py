@@ -476,6 +476,25 @@ def test_a_keeper_is_small_and_found(layers: Incomplete) -> None:
     assert keeper.take(pid, layers.name) is None
 
 
+def test_a_holder_of_several_groups(layers: Incomplete) -> None:
+    """As a service manager is, that runs several daemons."""
+    names = [layers.name, f"{layers.name}-other"]
+    groups = [PreContentGroup.create(SLOTS, name) for name in names]
+    pid = fork(signal.pause)
+    for name, group in zip(names, groups, strict=True):
+        taken = keeper.take(pid, name)
+        assert taken is not None
+        assert marks(taken[0]) == marks(group.fd)
+        for descriptor in taken:
+            os.close(descriptor)
+        group.close()
+    kill(pid)
+
+
+def marks(group: int) -> str:
+    return Path(f"/proc/self/fdinfo/{group}").read_text().partition("fanotify ino:")[2]
+
+
 def test_what_others_name_alike_is_no_holder(layers: Incomplete) -> None:
     def pretend() -> None:
         os.closerange(3, 1000)

@@ -264,6 +264,9 @@ def test_in_the_foreground_under_a_service_manager(
             (mountpoint / "images/pull").write_text("RUBBISH\n")
         daemon.send_signal(number)
         assert daemon.wait(20) == 0
+        assert (
+            manager.recv(200) == stored.replace(b"FDSTORE", b"FDSTOREREMOVE").split(b"\nFDPOLL")[0]
+        )
         assert not mountpoint.is_mount()
         journal.seek(0)
         lines = journal.read().decode().splitlines()
