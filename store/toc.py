@@ -62,10 +62,9 @@ class Toc:
         format: ``estargz`` or ``zstd:chunked``.
         is_large: there are so many files that it takes long.
 
-    ``entries`` and ``spans``, which have to be asked for in this order, raise InvalidLayer for a
-    table that contradicts itself or the blob, or asks for what no layer may; LimitExceeded when
-    the layer is larger than ``limits`` allow; NotLazy when it may be all right but can't be
-    used before all of it is here.
+    All that is worked out raises InvalidLayer for a table that contradicts itself or the blob, or
+    asks for what no layer may; LimitExceeded when the layer is larger than ``limits`` allow;
+    NotLazy when it may be all right but can't be used before all of it is here.
     """
 
     def __init__(self, raw: RawToc, blob_size: int, limits: LayerLimits) -> None:
@@ -120,12 +119,14 @@ class Toc:
     @property
     def data_size(self) -> int:
         """Of the data file, a multiple of 4096. What no span fills is zeros."""
+        _ = self.entries  # each has its place now
         return aligned(self._data_end)
 
     @cached_property
     def spans(self) -> SpanWriter:
         """All of the layer's that hold something of the data file, and where in the blob what is
         wanted at start ends."""
+        _ = self.entries  # each has its place now
         landmarks: dict[bytes, int] = {}
         layout = self._layout
         for item, entry in zip(self._items, self._entries, strict=True):

@@ -41,7 +41,7 @@ class Mount:
         """Start the daemon and wait until the tree answers."""
         command = [sys.executable, "-m", "tools.ctrfs", "mount", "--foreground"]
         command += ["--root", str(self.root)]
-        if config := with_method(self.config, self.root.parent):
+        if config := with_method(self.config, self.root):
             command += ["--config", str(config)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen([*command, str(self.path)], stderr=log)

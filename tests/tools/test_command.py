@@ -29,7 +29,7 @@ CTRFS = (sys.executable, "-m", "tools.ctrfs")
 def ctrfs(*arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end. A daemon that keeps its output open makes this time out."""
     if "mount" in arguments[:-1] and "--config" not in arguments:
-        config = with_method(None, Path(arguments[-1]).parent)
+        config = with_method(None, Path(arguments[-1]).with_name("root"))
         arguments += ("--config", config) if config else ()
     return subprocess.run(
         [*CTRFS, *map(str, arguments)],
@@ -173,6 +173,20 @@ def test_bad_settings(place: Place, tmp_path: Path) -> None:
     config.unlink()
     assert str(config) in refusal("mount", "--root", root, "--config", config, mountpoint)
     assert not mountpoint.is_mount()
+
+
+def test_a_way_of_serving_layers_that_is_impossible(place: Place, tmp_path: Path) -> None:
+    root, mountpoint = place("a")
+    config = tmp_path / "config.json"
+    config.write_text('{"store": {"lazy": {"method": "fanotify"}}}')
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", root], check=True)
+    try:
+        line = refusal("mount", "--root", root, "--config", config, mountpoint)
+        assert "fanotify: this filesystem has no pre-content events; ext4" in line
+        assert not mountpoint.is_mount()
+    finally:
+        subprocess.run(["umount", root], check=True)
 
 
 def test_a_killed_daemons_mount_is_taken_over(place: Place) -> None:
