@@ -6,6 +6,9 @@ import socket
 
 log = logging.getLogger(__name__)
 
+# For one that does not read what it is told.
+_PATIENCE_SECONDS = 1.0
+
 
 def ready() -> None:
     """Tell that the service is ready; do nothing without a service manager."""
@@ -33,6 +36,7 @@ def _send(text: str, descriptors: tuple[int, ...] = ()) -> None:
     if address.startswith("@"):  # an abstract socket
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(_PATIENCE_SECONDS)
         try:
             sender.connect(address)
             socket.send_fds(sender, [text.encode()], descriptors)
