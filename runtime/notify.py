@@ -10,6 +10,16 @@ log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 1.0
 
 
+def close_passed() -> None:
+    """Close what a service manager kept for us and passes back (sd_listen_fds(3)). What is still
+    needed of it is taken from the service manager itself, as from any other holder."""
+    if os.environ.pop("LISTEN_PID", "") == str(os.getpid()):
+        first = 3
+        os.closerange(first, first + int(os.environ.get("LISTEN_FDS", "0")))
+    for name in ("LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+
+
 def ready() -> None:
     """Tell that the service is ready; do nothing without a service manager."""
     _send("READY=1")

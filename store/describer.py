@@ -129,11 +129,13 @@ class _Apart:
         assert self._process.stdout
         answer = self._process.stdout.read()
         code = self._process.wait()
-        if code or not answer:
+        if code < 0:
             raise StoreError(
-                f"the process that lists the layer's files has ended with code {code}; if the"
+                f"the process that lists the layer's files was killed by signal {-code}; if the"
                 " machine is short of memory, pull again when it has more"
             )
+        if not answer:
+            raise StoreError("the process that lists the layer's files failed; see the log")
         answered = _ANSWER.decode(answer)
         if isinstance(answered, _Refused):
             raise _REFUSALS[answered.kind](answered.sentence)

@@ -42,9 +42,11 @@ _LABEL_NO_ACLS = b"ctrfs noacl"
 _DEVICE = struct.Struct("<64sII56x")
 _INODE = struct.Struct("<HHHHQIIIIqII16x")
 _CHUNK = struct.Struct("<HHI")
-# A plain file's inode with its chunk, and what is unused of the last slot.
+# A plain file's inode with its chunk, and what is unused of the last of three slots.
 _FILE = struct.Struct("<HHHHQIIIIqII16xHHI24x")
-_FILES = 4096 // _FILE.size
+_FILES = BLOCK // _FILE.size
+# The number of an inode that has no place yet, while its other names are met.
+_UNPLACED = 1
 _DIRENT = struct.Struct("<QHBx")
 _XATTR_HEAD = struct.Struct("<IB7x")
 _XATTR = struct.Struct("<BBH")
@@ -162,7 +164,7 @@ class _Layout:
                 if child.nid:  # another name of a file that has its place
                     continue
                 if child.size and not child.xattrs and child.mode & _TYPE == _REGULAR:
-                    child.nid = 1  # until all are known
+                    child.nid = _UNPLACED
                     self.files.append(child)
                     continue
                 self._place(child)

@@ -60,7 +60,7 @@ class Toc:
 
     Attributes:
         format: ``estargz`` or ``zstd:chunked``.
-        is_large: there are so many files that it takes long.
+        is_large: there are so many files, or chunks of files, that it takes long.
 
     All that is worked out raises InvalidLayer for a table that contradicts itself or the blob, or
     asks for what no layer may; LimitExceeded when the layer is larger than ``limits`` allow;

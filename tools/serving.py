@@ -24,6 +24,7 @@ def foreground(options: Options, level: str) -> None:
     Raises:
         CtrfsError: it cannot be served.
     """
+    notify.close_passed()
     logs.to_stderr(level)
     with claimed(options):
         _serve(options, notify.ready, level, background=False)

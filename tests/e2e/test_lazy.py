@@ -551,6 +551,8 @@ def test_a_service_manager_holds_readers_when_all_who_guard_them_die(
     until(lambda: systemd.shows("NRestarts=1", "ActiveState=active"))
     assert "may have read zeros" not in mount.read("errors")
     assert keeper.is_there(group_name(mount.run))
+    passed = systemd.seen(Path("/proc") / systemd.show("MainPID") / "fd")
+    assert sum("fanotify" in os.readlink(passed / number) for number in os.listdir(passed)) <= 2
     code, log = mount.run_container("sums", name, "/bin/busybox", "sh", "-c", SUMS)
     assert (code, log + "\n") == (0, image.sums)
     for container in ("runs", "sums"):

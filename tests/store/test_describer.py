@@ -116,7 +116,7 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
     ):
         os.kill(int(children().split()[-1]), signal.SIGKILL)
         description.begin(FRAME)
-        with pytest.raises(StoreError, match=r"ended with code -9; .*memory"):
+        with pytest.raises(StoreError, match=r"killed by signal 9; .*memory"):
             description.result()
 
 
