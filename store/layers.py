@@ -269,7 +269,7 @@ class Layers:
                 contents come while it is made mountable, which takes longer.
 
         Raises:
-            InvalidLayer, LimitExceeded: the layout makes no sense.
+            InvalidLayer, LimitExceeded, NotLazy: from the layout, or it makes no sense.
             StoreError: the disk is full or failed, with its errno.
         """
         with self._building, self._workspace() as workspace:
@@ -284,9 +284,7 @@ class Layers:
             ):
                 _write_index(index, layout.entries)
                 description.begin(_frame(layout.data_size, _hex(diff_id)))
-                with (workspace / "spans").open("xb") as file:
-                    ranges = [(offset, len(piece)) for offset, piece in known]
-                    layout.spans.write(file, layout.data_size, ranges)
+                _write_spans(workspace / "spans", layout, known)
                 lazy.prepare(workspace, record, layout.data_size, known)
                 names = os.listdir(workspace)
                 directory = self._name_fillable(workspace, diff_id)
@@ -591,6 +589,12 @@ def _copy(source: Path, offset: int, size: int, target_fd: int, target: int) -> 
             offset += done
             target += done
             size -= done
+
+
+def _write_spans(path: Path, layout: LazyLayout, known: Sequence[tuple[int, bytes]]) -> None:
+    with path.open("xb") as file:
+        ranges = [(offset, len(piece)) for offset, piece in known]
+        layout.spans.write(file, layout.data_size, ranges)
 
 
 def _frame(data_size: int, identity: str) -> Frame:
