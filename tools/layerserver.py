@@ -5,6 +5,7 @@ is in the background, else to standard error.
 """
 
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def main() -> int:
         logs.of_daemon(Path(root), level)
     else:
         logs.to_stderr(level)
+    # What comes while it starts waits until it can end in order: it has a keeper by then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         config = msgspec.json.decode((Path(run) / protocol.CONFIG).read_bytes(), type=StoreConfig)
         trio.run(_serve, Path(root), Path(run), config)

@@ -132,6 +132,7 @@ class LayerServer:
 
     async def _end_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             async for _ in signals:
                 self._nursery.cancel_scope.cancel()
 

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import re
+import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -15,9 +16,10 @@ import msgspec
 import pytest
 import trio
 
-from runtime import linux
+from runtime import keeper, linux
 from runtime.layerserver import fill, protocol, server
 from runtime.layerserver.client import LayerServerFailed
+from runtime.layerserver.fanotify_serving import group_name
 from runtime.layerserver.protocol import (
     Configure,
     Device,
@@ -430,6 +432,18 @@ async def test_a_blob_that_is_always_wrong_is_refused(
         assert again.store.damaged(image) == ()
         await again.client.complete(DIFF_ID)
         assert again.store.percent(image) is None
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.3, 0.4, 0.5])
+def test_one_that_is_ended_while_it_starts_leaves_nothing(tmp_path: Path, seconds: float) -> None:
+    site = Site(tmp_path)
+    (site.run / protocol.CONFIG).write_bytes(msgspec.json.encode(site.config))
+    with subprocess.Popen(site.command) as process:
+        time.sleep(seconds)
+        process.terminate()
+        process.wait(20)
+    site.store.close()
+    assert keeper.find(group_name(site.run)) == []
 
 
 async def test_a_byte_behind_contents_that_is_wrong_once_is_mended(

@@ -4,6 +4,7 @@ import http.client
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -121,6 +122,16 @@ def stall_after(count: int) -> Fault:
         exchange.forward(limit=count)
         exchange.over.wait()
         exchange.cut()
+
+    return fault
+
+
+def late(seconds: float) -> Fault:
+    """The answer, after a while."""
+
+    def fault(exchange: Exchange) -> None:
+        time.sleep(seconds)
+        exchange.forward()
 
     return fault
 
