@@ -348,6 +348,13 @@ def open_unwatched(path: Path) -> int:
         os.close(group)
 
 
+def require(directory: Path) -> None:
+    """Raises Unsupported: pre-content events cannot be used for layers in ``directory``."""
+    why = available(directory)
+    if why is not None:
+        raise Unsupported(f"layers can't be served with fanotify: {why}")
+
+
 def available(directory: Path) -> str | None:
     """Why pre-content events cannot be used for files in ``directory``; None when they can."""
     try:

@@ -2,10 +2,9 @@
 
 A group lives as long as any process has its descriptor (fanotify.py). A keeper is a
 ``sleep infinity`` that has inherited it and the memory file of its slots; 0.1 MB of memory
-are its own. A conmon that inherits both holds them just as well, and so
-does the service manager to which they were sent (notify.py). Holders need not know that
-they are: they are found by the name of the memory file, and their descriptors are
-duplicated with pidfd_getfd(2).
+are its own. A conmon that inherits both holds them just as well, and so does the service
+manager to which they were sent (notify.py). Holders need not know that they are: they are
+found by the name of the memory file, and their descriptors are duplicated with pidfd_getfd(2).
 """
 
 import errno

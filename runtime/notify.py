@@ -8,16 +8,17 @@ log = logging.getLogger(__name__)
 
 # For one that does not read what it is told.
 _PATIENCE_SECONDS = 1.0
+# SD_LISTEN_FDS_START
+_FIRST_PASSED = 3
 
 
 def close_passed() -> None:
     """Close what a service manager kept for us and passes back (sd_listen_fds(3)). What is still
     needed of it is taken from the service manager itself, as from any other holder."""
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
     if os.environ.pop("LISTEN_PID", "") == str(os.getpid()):
-        first = 3
-        os.closerange(first, first + int(os.environ.get("LISTEN_FDS", "0")))
-    for name in ("LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)
+        os.closerange(_FIRST_PASSED, _FIRST_PASSED + count)
+    os.environ.pop("LISTEN_FDNAMES", None)
 
 
 def ready() -> None:

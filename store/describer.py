@@ -7,7 +7,7 @@ takes as long as to find where their contents come from; so both are done at onc
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -62,6 +62,13 @@ def describing(layout: Entries, index: Path, meta: BinaryIO, max_inodes: int) ->
     return _Here(layout, meta, max_inodes)
 
 
+def _describe(
+    entries: Iterable[Entry], max_inodes: int, meta: BinaryIO, frame: Frame
+) -> Description:
+    tree, needs_lower = build_tree(entries, max_inodes)
+    return describe(tree, needs_lower, meta, frame)
+
+
 class _Here:
     """Describes when the result is asked for."""
 
@@ -75,8 +82,7 @@ class _Here:
         self._frame = frame
 
     def result(self) -> Description:
-        tree, needs_lower = build_tree(self._layout.entries, self._max_inodes)
-        return describe(tree, needs_lower, self._meta, self._frame)
+        return _describe(self._layout.entries, self._max_inodes, self._meta, self._frame)
 
     def close(self) -> None:
         pass
@@ -158,19 +164,15 @@ def main() -> None:
     answer: Description | _Refused | _Failed
     try:
         with os.fdopen(meta, "wb") as file:
-            answer = _answer(Path(f"/proc/self/fd/{index}"), file, job)
+            wanted = msgspec.msgpack.decode(job, type=_Job)
+            entries = read_index(Path(f"/proc/self/fd/{index}"))
+            answer = _describe(entries, wanted.max_inodes, file, wanted.frame)
     except tuple(_REFUSALS.values()) as error:
         answer = _Refused(type(error).__name__, error.sentence)
     except OSError as error:
         answer = _Failed(error.errno or 0)
     with suppress(BrokenPipeError):
         os.write(sys.stdout.fileno(), msgspec.msgpack.encode(answer))
-
-
-def _answer(index: Path, meta: BinaryIO, job: bytes) -> Description:
-    wanted = msgspec.msgpack.decode(job, type=_Job)
-    tree, needs_lower = build_tree(read_index(index), wanted.max_inodes)
-    return describe(tree, needs_lower, meta, wanted.frame)
 
 
 if __name__ == "__main__":

@@ -113,8 +113,7 @@ def image_sizes(path: Path) -> tuple[int, int] | None:
     Raises:
         OSError: it can't be read.
     """
-    with path.open("rb") as file:
-        block = file.read(BLOCK)
+    block = _first_block(path)
     if len(block) < BLOCK:
         return None
     fields = _SUPER.unpack_from(block, _SUPER_OFFSET)
@@ -128,12 +127,16 @@ def image_sizes(path: Path) -> tuple[int, int] | None:
 
 def lacks_acls(path: Path) -> bool:
     """Whether an image of ours says that nothing in it has an ACL. Raises OSError."""
-    with path.open("rb") as file:
-        block = file.read(BLOCK)
+    block = _first_block(path)
     if len(block) < BLOCK:
         return False
     label: bytes = _SUPER.unpack_from(block, _SUPER_OFFSET)[_SUPER_LABEL]
     return label.rstrip(b"\0") == _LABEL_NO_ACLS
+
+
+def _first_block(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(BLOCK)
 
 
 class _Layout:

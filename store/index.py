@@ -10,7 +10,7 @@ each an array in the order of ``Entry``'s fields. All integers are little endian
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,6 +78,15 @@ class IndexWriter:
         self._file.write(_LENGTH.pack(len(encoded)))
         self._file.write(encoded)
         self._held.clear()
+
+
+def write_index(path: Path, entries: Iterable[Entry]) -> None:
+    """Write all entries of a layer to a file, from its start."""
+    with path.open("wb") as file:
+        index = IndexWriter(file)
+        for entry in entries:
+            index.add(entry)
+        index.close()
 
 
 def read_index(path: Path) -> Iterator[Entry]:

@@ -38,7 +38,7 @@ from store.describer import Describing, describing
 from store.description import Description, Frame, describe
 from store.erofs import image_sizes
 from store.errors import ContentNeeded, CorruptContent, InvalidLayer, storage
-from store.index import Entry, IndexWriter, read_index
+from store.index import Entry, read_index, write_index
 from store.lazy import LazyRecord
 from store.manifest import Descriptor
 from store.spans import SpanWriter
@@ -282,7 +282,7 @@ class Layers:
                 (workspace / "meta.erofs").open("xb") as meta,
                 closing(describing(layout, index, meta, most)) as description,
             ):
-                _write_index(index, layout.entries)
+                write_index(index, layout.entries)
                 description.begin(_frame(layout.data_size, _hex(diff_id)))
                 _write_spans(workspace / "spans", layout, known)
                 lazy.prepare(workspace, record, layout.data_size, known)
@@ -599,14 +599,6 @@ def _write_spans(path: Path, layout: LazyLayout, known: Sequence[tuple[int, byte
 
 def _frame(data_size: int, identity: str) -> Frame:
     return Frame(data_size, bytes.fromhex(identity)[:16])
-
-
-def _write_index(path: Path, entries: Sequence[Entry]) -> None:
-    with path.open("wb") as file:
-        index = IndexWriter(file)
-        for entry in entries:
-            index.add(entry)
-        index.close()
 
 
 def _record(

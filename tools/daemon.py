@@ -15,7 +15,6 @@ from fs.mount import serve
 from fs.root import Root
 from runtime import fanotify, features
 from runtime.containers import Containers
-from runtime.errors import Unsupported
 from runtime.layerserver.client import LayerClient
 from runtime.rootfs import Rootfs
 from store.events import EventLog
@@ -70,7 +69,8 @@ async def _serve(
     automounts = Automounts(mountpoint)
     failures = Failures()
     try:
-        await trio.to_thread.run_sync(_check_method, options, config)
+        if config.store.lazy.method == "fanotify":  # else its server would fail again and again
+            await trio.to_thread.run_sync(fanotify.require, options.root)
         async with trio.open_nursery() as nursery, containers.opened():
             follower = layers.Follower(
                 store, rootfs, containers, automounts, failures, nursery, client
@@ -103,14 +103,6 @@ async def _serve(
             await trio.to_thread.run_sync(rootfs.close)
             await client.end()
             await trio.to_thread.run_sync(store.close)
-
-
-def _check_method(options: Options, config: Config) -> None:
-    """Raises Unsupported: layers can't be served as the configuration says."""
-    if config.store.lazy.method == "fanotify":
-        why = fanotify.available(options.root)
-        if why is not None:
-            raise Unsupported(f"layers can't be served with fanotify: {why}")
 
 
 async def _stop_on_signal(stop: trio.Event) -> None:

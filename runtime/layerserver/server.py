@@ -15,7 +15,6 @@ import msgspec
 import trio
 
 from runtime import fanotify
-from runtime.errors import Unsupported
 from runtime.layerserver import protocol, rundir
 from runtime.layerserver.asked import fetch_ranges, fetch_rest, runs_in_order
 from runtime.layerserver.completion import complete
@@ -373,12 +372,11 @@ def _choose(
     method = config.lazy.method
     if method == "fuse":
         return FuseServing(run, find), "the configuration says fuse"
-    why = fanotify.available(root)
-    if why is None:
-        return FanotifyServing(run), ""
     if method == "fanotify":
-        raise Unsupported(f"layers can't be served with fanotify: {why}")
-    return FuseServing(run, find), why
+        fanotify.require(root)
+        return FanotifyServing(run), ""
+    why = fanotify.available(root)
+    return (FanotifyServing(run), "") if why is None else (FuseServing(run, find), why)
 
 
 def _patience(config: StoreConfig) -> Patience:

@@ -422,7 +422,7 @@ def test_whichever_process_dies_no_wrong_byte_is_read(
         time.sleep(0.05 + chance.random() * 0.2)
         # So that a kill can do harm. With FUSE, all that come after the first fail at once.
         if method == "fanotify" or victims is rounds[0]:
-            assert sum(_runs(mount, name) for name in kinds) >= 15
+            assert sum(_is(mount, name, "running") for name in kinds) >= 15
         _kill(mount, victims, orphan)
     front.heal()
     right = {
@@ -455,8 +455,8 @@ def wait_for(start: int) -> None:
     time.sleep(start - time.time())
 
 
-def _runs(mount: Mount, name: str) -> bool:
-    return mount.read(f"containers/{name}/state") == "running"
+def _is(mount: Mount, name: str, state: str) -> bool:
+    return mount.read(f"containers/{name}/state") == state
 
 
 def _kill(mount: Mount, victims: set[str], orphan: str) -> None:
@@ -482,10 +482,6 @@ def _answers(mount: Mount) -> bool:
         return mount.read("version") != ""
     except OSError:
         return False
-
-
-def _has_stopped(mount: Mount, name: str) -> bool:
-    return mount.read(f"containers/{name}/state") == "stopped"
 
 
 def _is_gone(pid: int) -> bool:
@@ -615,7 +611,7 @@ def test_any_processes_die_under_a_service_manager_and_no_wrong_byte_is_read(
         until(lambda: systemd.shows("ActiveState=active") and _answers(mount))
     found = 0
     for name, kind in kinds.items():
-        until(partial(_has_stopped, mount, name))
+        until(partial(_is, mount, name, "stopped"))
         path = tmp_path / "ctr/containers" / name / "rootfs/sums"
         sums = systemd.output("cat", path).splitlines()
         right = {f"{sha256(data)[7:]}  {path[5:]}" for path, data in images[kind].files.items()}

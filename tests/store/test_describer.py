@@ -16,7 +16,7 @@ from store.cas import Digest
 from store.describer import describing
 from store.description import Description, Frame
 from store.errors import InvalidLayer, LimitExceeded, StoreError
-from store.index import Entry, IndexWriter
+from store.index import Entry, write_index
 from store.layers import Layers
 from store.lazy import LazyRecord
 from store.manifest import Descriptor
@@ -39,14 +39,6 @@ LAYERS = {
 class Layer(msgspec.Struct):
     entries: Sequence[Entry]
     is_large: bool
-
-
-def write_index(path: Path, entries: Sequence[Entry]) -> None:
-    with path.open("wb") as file:
-        index = IndexWriter(file)
-        for entry in entries:
-            index.add(entry)
-        index.close()
 
 
 def described(entries: Sequence[Entry], directory: Path, apart: bool) -> tuple[Description, bytes]:
