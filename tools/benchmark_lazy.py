@@ -6,19 +6,21 @@ way). containerd uses the ordinary image, ctrfs what `ctrfs convert` made of it.
 measurement both sides have an empty store and a daemon that has just started, and the page
 cache of the machine is dropped: images and programs come from the disk, the registry's files
 too. Every figure is the median of several rounds, in which the sides take turns, with the
-least and the greatest in brackets.
+least and the greatest in brackets. Where one command is measured the image is converted with a
+trace of it, as whoever runs it often would do; `--traced none` shows what it is without.
 """
 
 import argparse
 import signal
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from tools.comparison import CASES, LINKS, Case, Comparison
-from tools.figures import FIGURES
+from tools.figures import FIGURES, MEASURED
 from tools.results import read
-from tools.shelf import FORMATS, SIZES, WORKLOADS, Shelf
+from tools.shelf import FORMATS, ORDINARY, SIZES, WORKLOADS, Shelf
 
 
 def _arguments() -> argparse.Namespace:
@@ -37,7 +39,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="that ctrfs uses")
     parser.add_argument("--mode", choices=("lazy", "full"), default="lazy", help="of our pulls")
     parser.add_argument(
-        "--traced", choices=WORKLOADS, default="", help="convert with a trace of this workload"
+        "--traced",
+        choices=("own", "none", *WORKLOADS),
+        default="own",
+        help="convert with a trace of this command; own: of the one that is measured (%(default)s)",
     )
     parser.add_argument("--side", choices=("both", "ctrfs", "other"), default="both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
@@ -59,6 +64,13 @@ def cases(image: str | None, link: str | None, only: list[str] | None) -> list[C
     return [case for case in chosen if not link or case.link == link]
 
 
+def traced(case: Case, form: str, wanted: str) -> str:
+    """The workload whose trace an image is converted with; empty for none."""
+    if form == ORDINARY or wanted == "none":
+        return ""
+    return MEASURED.get(case.figure, "") if wanted == "own" else wanted
+
+
 def main() -> None:
     """Entry point of `tools/bench lazy`."""
     arguments = _arguments()
@@ -68,9 +80,10 @@ def main() -> None:
         arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ctrfs-bench-") as name:
         directory = Path(name)
+        work = arguments.work or directory
         comparison = Comparison(
             directory=directory,
-            shelf=Shelf(arguments.work or directory, directory, arguments.traced),
+            shelf=Shelf(work, directory, ""),
             rounds=arguments.rounds,
             form=arguments.format,
             mode=arguments.mode,
@@ -80,7 +93,9 @@ def main() -> None:
         )
         try:
             for case in cases(arguments.image, arguments.link, arguments.only):
-                FIGURES[case.figure](comparison, case)
+                workload = traced(case, arguments.format, arguments.traced)
+                shelf = Shelf(work, directory, workload)
+                FIGURES[case.figure](replace(comparison, shelf=shelf), case)
         finally:
             if arguments.json:
                 comparison.results.write(arguments.json)

@@ -117,6 +117,7 @@ class Comparison:
             image=case.size,
             link=case.link,
             format=self.form,
+            traced=self.shelf.traced,
             unit=unit,
             ours=ours,
             others=others,

@@ -17,6 +17,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         image: size in MB, as the command line has it; "" where no image is meant.
         link: `loopback` or `slow`.
         format: of the image that ctrfs used.
+        traced: the workload whose trace it was converted with; "" for none.
         unit: of all numbers: `s`, `MB`, or "" for a ratio.
         ours: one number a round.
         others: the same of what it is compared with; empty where there is nothing.
@@ -29,6 +30,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     image: str = ""
     link: str = "loopback"
     format: str = ""
+    traced: str = ""
     unit: str = "s"
     ours: list[float] = []
     others: list[float] = []
@@ -88,7 +90,7 @@ def _line(result: Result) -> str:
     if result.limit is not None and not result.ratio:
         limit += f" {result.unit}"
     return _LINE.format(
-        result.what,
+        f"{result.what}, traced" if result.traced else result.what,
         result.image,
         result.link,
         _numbers(result.ours, result.unit),

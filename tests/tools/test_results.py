@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmark_lazy import cases
+from tools.benchmark_lazy import cases, traced
 from tools.comparison import CASES, Case
 from tools.results import Result, Results, read
 
@@ -23,11 +23,13 @@ def test_ratios_and_limits() -> None:
 def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     results = Results()
     results.add(Result(figure="a", what="A", image="85", ours=[3, 1, 2], others=[20], limit=0.05))
-    results.add(Result(figure="b", what="B", unit="MB", ours=[3], ratio=False, limit=60))
+    results.add(
+        Result(figure="b", what="B", traced="b", unit="MB", ours=[3], ratio=False, limit=60)
+    )
     _, first, second = capsys.readouterr().out.splitlines()
     fields = [" ".join(line.split()) for line in (first, second)]
     assert fields[0] == "A 85 loopback 2.000 s (1.000-3.000) 20.0 s 0.100 0.05 MISSED"
-    assert fields[1] == "B loopback 3.000 MB - 60 MB ok"
+    assert fields[1] == "B, traced loopback 3.000 MB - 60 MB ok"
     results.write(tmp_path / "results.json")
     assert read(tmp_path / "results.json") == results.all
 
@@ -44,3 +46,11 @@ def test_cases_of_a_command_line() -> None:
     assert cases("150", None, ["numpy", "ls"]) == [Case("numpy", "150"), Case("ls", "150")]
     assert cases("150", "slow", ["numpy"]) == [Case("numpy", "150", "slow")]
     assert {case.link for case in cases(None, "slow", None)} == {"slow"}
+
+
+def test_whose_trace_an_image_is_converted_with() -> None:
+    assert traced(Case("numpy", "85"), "estargz", "own") == "numpy"
+    assert traced(Case("ls", "800"), "estargz", "own") == ""
+    assert traced(Case("numpy", "85"), "estargz", "print") == "print"
+    assert traced(Case("numpy", "85"), "estargz", "none") == ""
+    assert traced(Case("numpy", "85"), "gzip", "own") == ""
