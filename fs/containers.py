@@ -402,6 +402,8 @@ class ContainerRootfs(Link):
     can be put into it; as long as no image is set, there is none."""
 
     name = "rootfs"
+    # Tools go through it for each file; when there is none any more, readlink(2) says so.
+    entry_timeout = 1.0
     parent: "ContainerDirectory"
 
     def exists(self) -> bool:

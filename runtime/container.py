@@ -710,6 +710,8 @@ class Container:
                     raise ContainerNotFound(f"{self.id} has no image yet, so it has no files")
                 pinned = self._pin()
                 await self._commit(image=pinned)
+            elif self._steps.is_mounted():
+                return self._steps.rootfs_path  # each access through the link to it asks
             return await _slowly(self._steps.mount, pinned)
 
     def has_layer(self, diff_id: Digest) -> bool:

@@ -119,6 +119,10 @@ class Steps:
         held = () if services.store.complete(pinned.diff_ids) else services.held()
         return monitor.create(conmon, services.runtime, self._place, values.stdin, held)
 
+    def is_mounted(self) -> bool:
+        """Whether the root filesystem is there. Does not block."""
+        return self._services.rootfs.is_mounted(self._uid)
+
     def mount(self, pinned: Pinned) -> Path:
         """Mount the root filesystem unless it is there."""
         if self._removed.exists():
