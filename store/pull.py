@@ -91,6 +91,8 @@ class Pulls:
         self._locks: dict[str, trio.Lock] = {}
         self._leftovers = Leftovers(store)
         self._slots = trio.Semaphore(store.config.parallel_layers)
+        # Lazy layers are ready soon, and need not wait for those that come in full.
+        self._lazy_slots = trio.Semaphore(store.config.parallel_layers)
         self._layers: weakref.WeakValueDictionary[Digest, LayerProgress] = (
             weakref.WeakValueDictionary()
         )
@@ -282,13 +284,15 @@ class Pulls:
     ) -> None:
         # Blobs before layers before slots, everywhere, so that nobody waits in a circle.
         blob, unpacked = self._alone(f"blob {layer.digest}"), self._alone(f"layer {diff_id}")
-        async with blob, unpacked, self._slots:
+        async with blob, unpacked:
             not_lazy = ""
             if part.lazily and not self._store.cas.contains(layer.content):
-                not_lazy = await self._layer_lazily(part.lazily, layer, diff_id, state)
+                async with self._lazy_slots:
+                    not_lazy = await self._layer_lazily(part.lazily, layer, diff_id, state)
                 if not not_lazy:
                     return
-            await self._layer_in_full(part, layer, diff_id, state, not_lazy)
+            async with self._slots:
+                await self._layer_in_full(part, layer, diff_id, state, not_lazy)
 
     async def _layer_lazily(
         self,

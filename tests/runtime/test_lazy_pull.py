@@ -628,6 +628,33 @@ def two_layers(registry: Registry, layout: OciLayout, name: str) -> tuple[str, l
     return push_blobs(registry, layout, name, blobs), blobs
 
 
+async def test_a_lazy_layer_does_not_wait_for_those_that_come_in_full(
+    tmp_path: Path, registry: Registry, front: Proxy, layout: OciLayout, name: str
+) -> None:
+    archives = [tars.archive(tars.entry(b"f%d" % n, data=noise(n, 50_000))) for n in range(5)]
+    full = [compress(archive, GZIP) for archive in archives[:-1]]
+    lazily = converted(archives[-1:])
+    blobs: list[Any] = [
+        (blob, Descriptor(GZIP, digest(blob), len(blob)), digest(archive))
+        for blob, archive in zip(full, archives, strict=False)
+    ]
+    pushed = push_blobs(registry, layout, name, blobs + lazily)
+    table = f"/blobs/{lazily[0][1].digest}"
+
+    def when_the_other_was_asked_for(exchange: Exchange) -> None:
+        deadline = time.monotonic() + 10
+        while not front.paths(table) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        exchange.forward() if front.paths(table) else exchange.answer(500)
+
+    for _, layer, _ in blobs:
+        front.on(f"/blobs/{layer.digest}", when_the_other_was_asked_for)
+    site = Site(tmp_path)
+    async with site.opened():
+        image = await site.pull(f"{front.host}/{pushed}")
+        assert list(map(bool, site.lazy_layers(image))) == [False, False, False, False, True]
+
+
 def nothing_half_done(site: Site) -> None:
     assert site.store.images.names() == []
     assert site.pulls.progress() == [] and site.pulls.active() == []

@@ -5,10 +5,12 @@ import os
 import random
 import re
 import stat
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,68 @@ async def test_many_readers_of_one_chunk_make_one_request(place: Place, proxy: P
         for _ in range(30):
             nursery.start_soon(fetcher.read, 0, 100)
     assert len(asked(proxy)) == 1
+
+
+async def test_requests_under_way_are_bounded(place: Place, proxy: Proxy) -> None:
+    under_way: list[int] = []
+    most = 0
+    lock = threading.Lock()
+
+    def watched(exchange: Exchange) -> None:
+        nonlocal most
+        with lock:
+            under_way.append(1)
+            most = max(most, len(under_way))
+        time.sleep(0.05)
+        exchange.forward()
+        with lock:
+            under_way.pop()
+
+    proxy.on("/blobs/", watched)
+    async with place.fetching() as fetcher, trio.open_nursery() as nursery:
+        for number in range(0, 40, 2):
+            nursery.start_soon(fetcher.read, (4 + number) * CHUNK, 10)
+    assert most == 8 < len(asked(proxy))
+
+
+async def test_connections_are_used_again(place: Place, registry: Registry) -> None:
+    connections = 0
+
+    async def pass_on(source: trio.SocketStream, target: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async for data in source:
+                await target.send_all(data)
+            await target.send_eof()
+
+    async def relay(client: trio.SocketStream) -> None:
+        nonlocal connections
+        connections += 1
+        server = await trio.open_tcp_stream("127.0.0.1", registry.port)
+        async with client, server, trio.open_nursery() as nursery:
+            nursery.start_soon(pass_on, client, server)
+            nursery.start_soon(pass_on, server, client)
+
+    async with trio.open_nursery() as nursery:
+        serve = partial(trio.serve_tcp, relay, 0, host="127.0.0.1")
+        (listener,) = await nursery.start(serve)
+        port = listener.socket.getsockname()[1]
+        place.reference = re.sub("^[^/]*", f"127.0.0.1:{port}", place.reference)
+        async with place.fetching() as fetcher:
+            for number in range(0, 40, 4):
+                await fetcher.read((4 + number) * CHUNK, 10)
+        nursery.cancel_scope.cancel()
+    assert connections <= 3  # a request may still end when the next reader comes
+
+
+async def test_a_token_that_expires_between_chunks(place: Place, proxy: Proxy) -> None:
+    proxy.on("/token", faults.body(b'{"token": "new"}', "application/json"))
+    challenge = f'Bearer realm="http://{proxy.host}/token",service="here"'
+    async with place.fetching() as fetcher:
+        assert await fetcher.read(0, 100) == place.made.data[:100]
+        proxy.on("/blobs/", faults.status(401, WWW_Authenticate=challenge), 1)
+        assert await read_all(fetcher) == place.made.data
+    assert place.failures == []
+    assert len(proxy.paths("/token")) == 1
 
 
 async def test_nothing_is_asked_for_again_after_a_restart(place: Place, proxy: Proxy) -> None:
