@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import fanotify, linux
+from runtime import fanotify, linux, notify
 from runtime.cgroups import layout
 from runtime.config import RuntimeConfig
 from runtime.errors import RuntimeFailure
@@ -75,6 +75,7 @@ def _checks(config: RuntimeConfig, place: Path) -> list[Check]:
         _erofs(place, "EROFS from loop devices", mount_loop, required=not from_files.ok),
         _overlay(place),
         _pre_content(place),
+        _service_manager(),
         _cgroups(),
         _seccomp(),
         _program(config.conmon, required=True),
@@ -185,6 +186,18 @@ def _pre_content(place: Path) -> Check:
         "without them incomplete layers are served with FUSE, and a container that runs on one has"
         " to be started again after its layer server was killed; they need Linux 6.14 and ext4,"
         " XFS or Btrfs",
+    )
+
+
+def _service_manager() -> Check:
+    ok = notify.is_managed()
+    return Check(
+        "service manager",
+        ok,
+        False,
+        "runs this process" if ok else "does not run this process",
+        "run ctrfs as a service of systemd: else, if all processes that serve incomplete layers"
+        " with fanotify are killed at once, whoever reads on gets zeros until the next mount",
     )
 
 

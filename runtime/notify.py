@@ -21,6 +21,11 @@ def close_passed() -> None:
     os.environ.pop("LISTEN_FDNAMES", None)
 
 
+def is_managed() -> bool:
+    """Whether there is a service manager to tell."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
 def ready() -> None:
     """Tell that the service is ready; do nothing without a service manager."""
     _send("READY=1")

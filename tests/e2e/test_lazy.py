@@ -549,6 +549,7 @@ def test_a_service_manager_holds_readers_when_all_who_guard_them_die(
     """Then nobody reads zeros: readers wait for the service to be there again."""
     mount, image = Mount(tmp_path), images["estargz"]
     mount.path = systemd.seen(mount.path)
+    assert json.loads(mount.read("info.json"))["features"]["service manager"]["ok"]
     name = image.at(front.host)
     mount.pull(name)
     script = "/bin/busybox cat /bin/busybox > /dev/null; echo ready; exec /bin/busybox sleep 1000"
