@@ -104,7 +104,7 @@ class Steps:
             CtrfsError, OSError: something is wrong; undo() puts it right.
         """
         services = self._services
-        record.starting = Starting(services.rootfs.is_mounted(self._uid), record.image is not None)
+        record.starting = Starting(self.is_mounted(), record.image is not None)
         record.image = pinned
         services.records.save(record)
         for volume in values.mounts:

@@ -80,10 +80,9 @@ def main() -> None:
         arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ctrfs-bench-") as name:
         directory = Path(name)
-        work = arguments.work or directory
         comparison = Comparison(
             directory=directory,
-            shelf=Shelf(work, directory, ""),
+            shelf=Shelf(arguments.work or directory, directory),
             rounds=arguments.rounds,
             form=arguments.format,
             mode=arguments.mode,
@@ -94,7 +93,7 @@ def main() -> None:
         try:
             for case in cases(arguments.image, arguments.link, arguments.only):
                 workload = traced(case, arguments.format, arguments.traced)
-                shelf = Shelf(work, directory, workload)
+                shelf = replace(comparison.shelf, traced=workload)
                 FIGURES[case.figure](replace(comparison, shelf=shelf), case)
         finally:
             if arguments.json:

@@ -43,7 +43,7 @@ class Shelf:
 
     work: Path
     scratch: Path
-    traced: str
+    traced: str = ""
 
     @property
     def data(self) -> Path:

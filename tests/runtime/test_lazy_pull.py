@@ -560,6 +560,16 @@ async def test_a_table_that_lies_is_found_out(
         assert entry.mode & 0o7777 == 0o644
 
 
+def come_in(front: Proxy, pattern: str, count: int) -> bool:
+    """Wait, outside of the event loop, for so many requests; whether they came."""
+    deadline = time.monotonic() + 10
+    while len(front.paths(pattern)) < count:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 @pytest.mark.parametrize("method", ["fuse", "fanotify"])
 @pytest.mark.parametrize("good", [True, False])
 async def test_what_is_wanted_first_comes_while_the_layer_is_made(
@@ -582,10 +592,7 @@ async def test_what_is_wanted_first_comes_while_the_layer_is_made(
 
     def make_late(*arguments: Any) -> Any:
         # Footer, table, and what comes before the landmark.
-        deadline = time.monotonic() + 10
-        while len(front.paths(f"/blobs/{blob.layer.digest}")) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        assert come_in(front, f"/blobs/{blob.layer.digest}", 3)
         return make(*arguments)
 
     monkeypatch.setattr("store.describer.build_tree", make_late)
@@ -642,10 +649,7 @@ async def test_a_lazy_layer_does_not_wait_for_those_that_come_in_full(
     table = f"/blobs/{lazily[0][1].digest}"
 
     def when_the_other_was_asked_for(exchange: Exchange) -> None:
-        deadline = time.monotonic() + 10
-        while not front.paths(table) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        exchange.forward() if front.paths(table) else exchange.answer(500)
+        exchange.forward() if come_in(front, table, 1) else exchange.answer(500)
 
     for _, layer, _ in blobs:
         front.on(f"/blobs/{layer.digest}", when_the_other_was_asked_for)

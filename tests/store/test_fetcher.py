@@ -8,9 +8,8 @@ import stat
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ from tests.support.layouts import GZIP, OciLayout, sha256
 from tests.support.proxy import Exchange, Proxy
 from tests.support.registry import Registry
 from tests.support.spans import CHUNK, HandMade, nobody_fills, take_all, with_other_times
+from tools.delay import Counter
+from tools.links import proxy as relay
 
 QUICK = LazyConfig(read_seconds=1.5)
 
@@ -204,19 +205,18 @@ async def test_many_readers_of_one_chunk_make_one_request(place: Place, proxy: P
 
 
 async def test_requests_under_way_are_bounded(place: Place, proxy: Proxy) -> None:
-    under_way: list[int] = []
-    most = 0
+    under_way = most = 0
     lock = threading.Lock()
 
     def watched(exchange: Exchange) -> None:
-        nonlocal most
+        nonlocal under_way, most
         with lock:
-            under_way.append(1)
-            most = max(most, len(under_way))
+            under_way += 1
+            most = max(most, under_way)
         time.sleep(0.05)
         exchange.forward()
         with lock:
-            under_way.pop()
+            under_way -= 1
 
     proxy.on("/blobs/", watched)
     async with place.fetching() as fetcher, trio.open_nursery() as nursery:
@@ -225,33 +225,15 @@ async def test_requests_under_way_are_bounded(place: Place, proxy: Proxy) -> Non
     assert most == 8 < len(asked(proxy))
 
 
-async def test_connections_are_used_again(place: Place, registry: Registry) -> None:
-    connections = 0
-
-    async def pass_on(source: trio.SocketStream, target: trio.SocketStream) -> None:
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            async for data in source:
-                await target.send_all(data)
-            await target.send_eof()
-
-    async def relay(client: trio.SocketStream) -> None:
-        nonlocal connections
-        connections += 1
-        server = await trio.open_tcp_stream("127.0.0.1", registry.port)
-        async with client, server, trio.open_nursery() as nursery:
-            nursery.start_soon(pass_on, client, server)
-            nursery.start_soon(pass_on, server, client)
-
-    async with trio.open_nursery() as nursery:
-        serve = partial(trio.serve_tcp, relay, 0, host="127.0.0.1")
-        (listener,) = await nursery.start(serve)
-        port = listener.socket.getsockname()[1]
-        place.reference = re.sub("^[^/]*", f"127.0.0.1:{port}", place.reference)
+async def test_connections_are_used_again(tmp_path: Path, place: Place, registry: Registry) -> None:
+    count = tmp_path / "count"
+    with relay(f"127.0.0.1:{registry.port}", count) as host:
+        place.reference = re.sub("^[^/]*", host, place.reference)
         async with place.fetching() as fetcher:
             for number in range(0, 40, 4):
                 await fetcher.read((4 + number) * CHUNK, 10)
-        nursery.cancel_scope.cancel()
-    assert connections <= 3  # a request may still end when the next reader comes
+    # A request may still end when the next reader comes.
+    assert Counter(count).connections <= 3
 
 
 async def test_a_token_that_expires_between_chunks(place: Place, proxy: Proxy) -> None:
