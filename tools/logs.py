@@ -4,6 +4,7 @@ import logging
 import logging.handlers
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from store.errors import storage
@@ -18,6 +19,51 @@ _PRIORITIES = {
     logging.ERROR: 3,
     logging.CRITICAL: 2,
 }
+
+# What our own lines begin with.
+_HERE = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}
+
+
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """A file, begun anew when it was moved away (logrotate(8)).
+
+    What a full disk has no room for is lost. How many lines that were is said as soon as there
+    is room again.
+    """
+
+    _lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or count it."""
+        if lost := self._lost:
+            self._end_line()
+            message = f"lines lost, because this file could not be written: {lost}"
+            self._write(logging.makeLogRecord(_HERE | {"msg": message}))
+            if self._lost > lost:
+                return
+            self._lost = 0
+        self._write(record)
+
+    def _end_line(self) -> None:
+        """End a line that there was half room for."""
+        with suppress(OSError), open(self.baseFilename, "ab+", buffering=0) as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+    def _write(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # it could not be opened anew
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Count a line, and don't keep it for later: lines come in order or not at all."""
+        self._lost += 1
+        stream, self.stream = self.stream, None
+        with suppress(OSError):
+            if stream is not None:
+                stream.close()
 
 
 class _JournalFormatter(logging.Formatter):
@@ -58,7 +104,7 @@ def of_daemon(root: Path, level: str) -> str | None:
     path = str(root / "ctrfs.log")
     with storage(f"opening {path}"):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-        file = logging.handlers.WatchedFileHandler(path)
+        file = _LogFile(path)
     file.setFormatter(_timed())
     _use(file, level)
     return path
@@ -69,6 +115,7 @@ def _timed() -> logging.Formatter:
 
 
 def _use(handler: logging.Handler, level: str) -> None:
+    logging.raiseExceptions = False  # a line that can't be logged is no reason for a traceback
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     # Each connection to a registry is a line of its, which would hide ours.
     logging.getLogger("urllib3").setLevel(logging.WARNING)
