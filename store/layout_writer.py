@@ -1,6 +1,7 @@
 """Writing images into an OCI image layout (OCI image-layout.md, version 1)."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Self
 
 import msgspec
 
-from store.errors import InvalidManifest, storage
+from store.errors import InvalidManifest, InvalidReference, storage
 from store.manifest import Descriptor
 from store.oci_layout import REF_NAME
 from store.reference import LayoutSource
@@ -17,6 +18,10 @@ from store.workspace import Workspace, lock
 
 # Begins the names of directories in which a writer keeps its blobs, locked as long as it lives.
 _WORKSPACE = ".ctrfs-"
+
+# annotations.md; other programs take no other names.
+_WORD = r"[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*"
+_REF_NAME = re.compile(rf"{_WORD}(?:/{_WORD})*")
 
 _VERSION = b'{"imageLayoutVersion":"1.0.0"}'
 
@@ -26,9 +31,17 @@ class LayoutTarget:
 
     Blobs wait in a hidden directory of the layout until the image is whole. Other images of the
     layout stay, but for the one that had the name.
+
+    Raises:
+        InvalidReference: images in layouts have no such names.
     """
 
     def __init__(self, source: LayoutSource) -> None:
+        if source.tag and not _REF_NAME.fullmatch(source.tag):
+            raise InvalidReference(
+                f"the tag {source.tag!r:.200} may hold letters and digits, and - . _ : @ + /"
+                " between them"
+            )
         self._source = source
         self._path = source.path
         self._blobs = source.path / "blobs" / "sha256"

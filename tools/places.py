@@ -12,6 +12,6 @@ def parse_place(text: str) -> RegistrySource | LayoutSource | None:
         InvalidReference: it is no place.
     """
     if text.startswith("oci:"):
-        path = text.removeprefix("oci:")
-        return parse_source(f"oci:{os.path.abspath(path)}" if path else text)
+        path, colon, tag = text.removeprefix("oci:").partition(":")
+        return parse_source(f"oci:{os.path.abspath(path)}{colon}{tag}" if path else text)
     return parse_source(text) if text.startswith("docker://") else None

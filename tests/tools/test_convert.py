@@ -168,6 +168,8 @@ def test_what_is_wrong_with_the_words(tmp_path: Path, busybox: OciLayout) -> Non
     assert "the layout has: latest" in refused(tmp_path, "oci:in:other", "oci:out:v1")
     assert "image layout" in refused(tmp_path, "oci:", "oci:out:v1")
     assert "image layout" in refused(tmp_path, "oci:in", "oci:out:")
+    for tag in ("b/ad tag", "-v1", "v1/", "v..1"):
+        assert f"the tag {tag!r} may hold" in refused(tmp_path, "oci:in", f"oci:out:{tag}")
     assert "is not an image reference" in refused(tmp_path, "docker://UPPER", "oci:out:v1")
     name = "docker://127.0.0.1:1/app@sha256:" + "0" * 64
     assert "give the new image a tag" in refused(tmp_path, "oci:in", name)
