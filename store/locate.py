@@ -53,7 +53,7 @@ class Contents:
             )
         node = self._resolve(encoded)
         if node is None:
-            raise ImageNotFound(f"the image has no {path!r}")
+            raise ImageNotFound(f"the image has no {path!r:.300}")
         ranges: Ranges = {}
         for file in _files(node):
             if stat.S_ISREG(file.mode) and file.size:

@@ -324,7 +324,7 @@ def choose(index: Index, wanted: Platform, what: str) -> Descriptor:
     if len(unnamed) == 1:
         return unnamed[0]
     raise NoMatchingPlatform(
-        f"{what} has nothing for {wanted}; {_offer(usable)}choose one with platform=OS/ARCH"
+        f"{what} has nothing for {wanted}; {_offer(usable)}choose another platform"
     )
 
 
@@ -343,5 +343,5 @@ def check_platform(config: ImageConfig, wanted: Platform, what: str) -> None:
     if config.architecture and config.platform not in runnable(wanted):
         raise NoMatchingPlatform(
             f"{what} is for {config.platform}, not for {wanted}; "
-            f"to have it all the same, write platform={config.platform}"
+            f"to have it all the same, choose the platform {config.platform}"
         )

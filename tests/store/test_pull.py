@@ -248,7 +248,7 @@ async def test_other_platform_without_index(
 ) -> None:
     pushed = push(layout.image(tar_of(FILES), architecture="s390x"))
     await refused(
-        store, f"{registry.host}/{pushed.name}", NoMatchingPlatform, "platform=linux/s390x"
+        store, f"{registry.host}/{pushed.name}", NoMatchingPlatform, "platform linux/s390x"
     )
 
 
