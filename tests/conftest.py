@@ -68,8 +68,9 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     """Fail the run if mounts or processes of its tests remain."""
     yield
     base = tmp_path_factory.getbasetemp()
-    roots = (path.parent for depth in range(1, 5) for path in base.glob("*/" * depth + "ctrfs.db"))
-    runs = [run_directory(root) for root in roots]
+    roots = [path.parent for depth in range(1, 5) for path in base.glob("*/" * depth + "ctrfs.db")]
+    # Where a daemon has its run directory, and a test that does without one.
+    runs = [run for root in roots for run in (run_directory(root), root.parent / "run")]
     places = tuple(f"{place}/" for place in (base, *runs))
     # A monitor may take a moment to end after its container.
     deadline = time.monotonic() + 3

@@ -17,7 +17,7 @@ import trio
 
 from runtime import keeper, notify
 from runtime.layerserver import protocol, rundir
-from runtime.layerserver.fanotify_serving import group_name
+from runtime.layerserver.fanotify_serving import any_mounted, group_name
 from runtime.layerserver.protocol import (
     Answer,
     Configure,
@@ -285,5 +285,7 @@ class LayerClient:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_SECONDS)
                 rundir.tidy(self._run)
+                if not any_mounted(self._run):  # it may have been killed before
+                    keeper.stop(group_name(self._run))
         while (self._run / protocol.PID_FILE).exists() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)

@@ -49,6 +49,12 @@ def find_group(run: Path) -> PreContentGroup | None:
     return None
 
 
+def any_mounted(run: Path) -> bool:
+    """Whether a layer is mounted, be it complete or not."""
+    mounts = (mount for mount in linux.mounts() if mount.fstype == "erofs")
+    return any(Path(mount.target).parent == run / "layers" for mount in mounts)
+
+
 class FanotifyServing:
     """Serves layers by their data files; see ``Serving``.
 
@@ -63,8 +69,8 @@ class FanotifyServing:
 
     def __init__(self, run: Path) -> None:
         self._run = run
-        self._mounts = run / "layers"
         self._fetchers: dict[FileId, Fetcher] = {}
+        self._knows_all = False  # of the layers that were incomplete when this began
         self._room = trio.Event()
         found = find_group(run)
         self._is_new = found is None
@@ -74,23 +80,19 @@ class FanotifyServing:
 
     @property
     def in_use(self) -> bool:
-        """Whether a layer is mounted that is not complete."""
-        return self._any_incomplete and self._any_mounted()
+        """Whether a layer is mounted that is not complete, as far as is known."""
+        return (self._any_incomplete or not self._knows_all) and any_mounted(self._run)
 
     @property
     def _any_incomplete(self) -> bool:
         return any(not fetcher.layer.complete for fetcher in self._fetchers.values())
-
-    def _any_mounted(self) -> bool:
-        mounts = (mount for mount in linux.mounts() if mount.fstype == "erofs")
-        return any(Path(mount.target).parent == self._mounts for mount in mounts)
 
     def unguarded(self) -> list[Fetcher]:
         """The layers that were mounted while nobody held the group: all holders were killed.
 
         Which layer a mount is of cannot be seen, so if anything is mounted it is all.
         """
-        if not self._is_new or not self._any_mounted():
+        if not self._is_new or not any_mounted(self._run):
             return []
         return [fetcher for fetcher in self._fetchers.values() if not fetcher.layer.complete]
 
@@ -114,16 +116,14 @@ class FanotifyServing:
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Answer events until cancelled."""
-        try:
-            async with trio.open_nursery() as nursery:
-                for event in self._group.pending():
-                    self._begin(event, nursery)
-                task_status.started()
-                while True:
-                    await trio.lowlevel.wait_readable(self._group.fd)
-                    await self._take(nursery)
-        finally:
-            self._close()
+        self._knows_all = True
+        async with trio.open_nursery() as nursery:
+            for event in self._group.pending():
+                self._begin(event, nursery)
+            task_status.started()
+            while True:
+                await trio.lowlevel.wait_readable(self._group.fd)
+                await self._take(nursery)
 
     async def _take(self, nursery: trio.Nursery) -> None:
         taken = 0
@@ -166,7 +166,8 @@ class FanotifyServing:
             self._group.answer(event)
         self._room.set()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of the group; the keeper stays if a mount still needs it."""
         if not self.in_use:
             keeper.stop(group_name(self._run))
         self._group.close()

@@ -79,6 +79,9 @@ class FuseServing:
         finally:
             pyfuse3.close()
 
+    def close(self) -> None:
+        """Nothing is kept."""
+
 
 class _Files(pyfuse3.Operations):
     """The filesystem."""

@@ -127,6 +127,7 @@ class LayerServer:
                     await self._until_unneeded()
                     self._nursery.cancel_scope.cancel()
             finally:
+                self._serving.close()
                 self._lender.close()
                 rundir.tidy(self._run)
 

@@ -36,3 +36,6 @@ class Serving(Protocol):
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Serve until cancelled; started when it can."""
+
+    def close(self) -> None:
+        """Let go of everything that nobody depends on. Called once, whether it ran or not."""

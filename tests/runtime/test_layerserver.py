@@ -6,7 +6,7 @@ import random
 import re
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -434,15 +434,44 @@ async def test_a_blob_that_is_always_wrong_is_refused(
         assert again.store.percent(image) is None
 
 
+def end_when(site: Site, ready: Callable[[], object]) -> None:
+    """Start the server alone and end it once something is so."""
+    (site.run / protocol.CONFIG).write_bytes(msgspec.json.encode(site.config))
+    with subprocess.Popen(site.command) as process:
+        ready()
+        process.terminate()
+        process.wait(20)
+
+
 @pytest.mark.parametrize("seconds", [0.1, 0.2, 0.3, 0.4, 0.5])
 def test_one_that_is_ended_while_it_starts_leaves_nothing(tmp_path: Path, seconds: float) -> None:
     site = Site(tmp_path)
-    (site.run / protocol.CONFIG).write_bytes(msgspec.json.encode(site.config))
-    with subprocess.Popen(site.command) as process:
-        time.sleep(seconds)
-        process.terminate()
-        process.wait(20)
+    end_when(site, partial(time.sleep, seconds))
     site.store.close()
+    assert keeper.find(group_name(site.run)) == []
+
+
+async def test_one_that_is_ended_while_it_loads_leaves_nothing(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with served(tmp_path, front, name, "fanotify") as (site, _):
+        pass
+    group = group_name(site.run)
+
+    def has_begun() -> None:
+        while not keeper.is_there(group):
+            time.sleep(0.001)
+
+    for _ in range(5):
+        await trio.to_thread.run_sync(end_when, site, has_begun)
+        assert keeper.find(group) == []
+
+
+async def test_one_that_was_killed_and_is_not_started_again_leaves_nothing(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with served(tmp_path, front, name, "fanotify") as (site, _):
+        os.kill((await site.client.status()).pid, 9)
     assert keeper.find(group_name(site.run)) == []
 
 
