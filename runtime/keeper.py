@@ -113,14 +113,15 @@ def _held(pid: int, name: str) -> tuple[int, int] | None:
         if process.stat().st_uid != os.geteuid():
             return None
         for number in map(int, os.listdir(process / "fd")):
-            link = os.readlink(process / f"fd/{number}")
-            if link == f"/memfd:{name} (deleted)":
-                # One with a lock is what the reader of the events has for itself.
-                if not _facts(process, number, "lock:"):
-                    status = (process / f"fd/{number}").stat()
-                    slots[status.st_ino, _kernels(status.st_dev)] = number
-            elif link == "anon_inode:[fanotify]" and _is_for_root(process, number):
-                groups.append(number)
+            with suppress(OSError):  # the process may be closing this one
+                link = os.readlink(process / f"fd/{number}")
+                if link == f"/memfd:{name} (deleted)":
+                    # One with a lock is what the reader of the events has for itself.
+                    if not _facts(process, number, "lock:"):
+                        status = (process / f"fd/{number}").stat()
+                        slots[status.st_ino, _kernels(status.st_dev)] = number
+                elif link == "anon_inode:[fanotify]" and _is_for_root(process, number):
+                    groups.append(number)
         # A service manager may hold those of several daemons.
         for group in groups if slots else ():
             for mark in _facts(process, group, "fanotify ino:"):

@@ -476,6 +476,23 @@ def test_a_keeper_is_small_and_found(layers: Incomplete) -> None:
     assert keeper.take(pid, layers.name) is None
 
 
+def test_a_holder_that_opens_and_closes_other_files_is_found(layers: Incomplete) -> None:
+    def busy() -> None:
+        while True:
+            files = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+            for file in files:
+                os.close(file)
+
+    group = PreContentGroup.create(SLOTS, layers.name)
+    pid = fork(busy)
+    try:
+        found = [keeper.find(layers.name) for _ in range(50)]
+    finally:
+        kill(pid)
+        group.close()
+    assert found == [[pid]] * 50
+
+
 def test_a_holder_of_several_groups(layers: Incomplete) -> None:
     """As a service manager is, that runs several daemons."""
     names = [layers.name, f"{layers.name}-other"]
