@@ -14,7 +14,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -407,12 +407,12 @@ def test_whichever_process_dies_no_wrong_byte_is_read(
         mount.pull(images[kind].at(front.host))
     kinds = {f"c{n}": ("estargz", "zstd")[n % 2] for n in range(20)}
     # Each with another order of files, so that there is always something to fetch.
-    start, script = checksums("/bin/busybox sha256sum $f || echo failed")
+    script = checksums("/bin/busybox sha256sum $f || echo failed")
     for name, kind in kinds.items():
         command = ("/bin/busybox", "sh", "-c", script)
         mount.container(name, images[kind].at(front.host), *command)
         mount.write(f"containers/{name}/state", "start")
-    wait_for(start)
+    begin(mount, kinds)
     front.on("/blobs/", faults.late(0.15))
     orphan = "c7"
     rounds = [{"server"}, {"daemon"}, {"keeper"}, {"server", "keeper"}, {"monitor"}]
@@ -439,20 +439,24 @@ def test_whichever_process_dies_no_wrong_byte_is_read(
             assert len(sums) == 154
 
 
-def checksums(command: str) -> tuple[int, str]:
-    """A script that does something with each file at random, and the second when it begins."""
-    start = int(time.time()) + 5
-    script = (
-        f"while [ $(/bin/busybox date +%s) -lt {start} ]; do /bin/busybox sleep 0.05; done;"
+def checksums(command: str) -> str:
+    """A script that does something with each file at random, once ``begin`` says so."""
+    return (
+        "trap go=1 USR1; echo ready; until [ $go ]; do /bin/busybox sleep 0.05; done;"
         f" cd /data; for f in $(/bin/busybox ls | /bin/busybox shuf); do {command}; done"
     )
-    return start, script
 
 
-def wait_for(start: int) -> None:
-    """Until a second that has not come yet."""
-    assert time.time() < start
-    time.sleep(start - time.time())
+def begin(mount: Mount, names: Iterable[str]) -> None:
+    """Have all containers do it at once."""
+    for name in names:
+        until(partial(_says_ready, mount, name))
+    for name in names:
+        mount.write(f"containers/{name}/signal", "USR1")
+
+
+def _says_ready(mount: Mount, name: str) -> bool:
+    return mount.read(f"containers/{name}/log") == "ready"
 
 
 def _is(mount: Mount, name: str, state: str) -> bool:
@@ -596,12 +600,12 @@ def test_any_processes_die_under_a_service_manager_and_no_wrong_byte_is_read(
     for kind in ("estargz", "zstd"):
         mount.pull(images[kind].at(front.host))
     kinds = {f"c{n}": ("estargz", "zstd")[n % 2] for n in range(20)}
-    start, script = checksums("/bin/busybox sha256sum $f >> /sums || echo failed >> /sums")
+    script = checksums("/bin/busybox sha256sum $f >> /sums || echo failed >> /sums")
     for name, kind in kinds.items():
         mount.container(name, images[kind].at(front.host), "/bin/busybox", "sh", "-c", script)
     for name in kinds:
         mount.write(f"containers/{name}/state", "start")
-    wait_for(start)
+    begin(mount, kinds)
     front.on("/blobs/", faults.late(0.15))
     for all_of_them in (False, True):
         time.sleep(0.05 + chance.random() * 0.2)

@@ -214,9 +214,9 @@ async def test_requests_under_way_are_bounded(place: Place, proxy: Proxy) -> Non
             under_way += 1
             most = max(most, under_way)
         time.sleep(0.05)
-        exchange.forward()
         with lock:
             under_way -= 1
+        exchange.forward()  # with the last byte of which the next may come
 
     proxy.on("/blobs/", watched)
     async with place.fetching() as fetcher, trio.open_nursery() as nursery:
