@@ -83,15 +83,17 @@ class Intake:
             if whole:
                 layer.arrived(number)
             return whole
-        if not whole:
+        if self._buffer or not whole:
             self._buffer += part
+        if not whole:
             return False
         try:
-            layer.take(number, memoryview(bytes(self._buffer) + part if self._buffer else part))
+            with memoryview(self._buffer or part) as blob:
+                layer.take(number, blob)
         except DigestMismatch as error:
             # The others of this answer may be right.
             self._error = self._error or error
             return False
         finally:
-            self._buffer.clear()
+            self._buffer = bytearray()
         return True

@@ -63,6 +63,9 @@ _REFUSED = "refused"
 _UNWANTED = "unwanted"
 _INFLATED = 1 << 20
 
+# More at once would come no sooner, and a span of some megabytes is in memory meanwhile.
+_INFLATING = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
+
 
 class LazyRecord(msgspec.Struct, frozen=True):
     """``lazy.json``: the layer's blob, and images that it is a part of (as ``Image.source``).
@@ -293,9 +296,11 @@ class LazyLayer:
         """
         if self.keeps(number):
             return
-        contents = list(inflate_pieces(self.table, number, blob))
-        if not self.has(number):
-            self._write_contents(contents)
+        with _INFLATING:
+            contents = list(inflate_pieces(self.table, number, blob))
+            if not self.has(number):
+                self._write_contents(contents)
+            del contents
         self.take_raw(self.table.range_of(number)[0], blob)
         self.arrived(number, _BORROWED if borrowed else _HERE)
 

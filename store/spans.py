@@ -251,6 +251,10 @@ class SpanTable:
         """Let go of the mapping."""
         self._map.close()
 
+    def unload(self) -> None:
+        """Take up no memory until it is read again; what is wanted then comes by itself."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def span(self, number: int) -> Span:
         """A span, without its window."""
         fields = _SPAN.unpack_from(self._map, _HEAD.size + number * _SPAN.size)

@@ -63,6 +63,7 @@ log = logging.getLogger(__name__)
 
 # A daemon that was killed comes back sooner; else nobody needs this process.
 _GRACE_SECONDS = 10.0
+_LOOK_SECONDS = 0.1
 # Whoever has just pulled an image may list its files, which shows in no read. Listing one takes
 # the kernel and ls 20 µs, more where this process takes its part of the processor …
 _LISTING_SECONDS = 50e-6
@@ -147,7 +148,10 @@ class LayerServer:
             if self._talks.are_heard or self._serving.in_use:
                 needed = trio.current_time()
             self._forget_removed()
-            await trio.sleep(0.1)
+            if self._slots.is_quiet:
+                for fetcher in self._fetchers.values():
+                    fetcher.layer.table.unload()
+            await trio.sleep(_LOOK_SECONDS)
 
     def _forget_removed(self) -> None:
         """Layers whose directory is gone need nothing any more."""

@@ -517,6 +517,28 @@ async def test_it_is_started_again(tmp_path: Path, front: Proxy, name: str) -> N
         assert bytes_asked(front) == after
 
 
+async def test_tables_take_no_memory_when_nobody_reads(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with served(tmp_path, front, name) as (site, _):
+        pid = (await site.client.status()).pid
+        await site.client.fetch(DIFF_ID, ((0, 100),))
+        assert resident(pid, "/spans") > 0
+        await until(lambda: resident(pid, "/spans") == 0)
+
+
+def resident(pid: int, name: str) -> int:
+    """KiB of mapped files whose names end so that a process has in memory."""
+    found = 0
+    mapped = Path(f"/proc/{pid}/smaps").read_text()
+    for line in mapped.splitlines():
+        if "-" in line.partition(" ")[0]:
+            counts = line.endswith(name)
+        elif counts and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
 async def test_a_layer_that_was_removed(tmp_path: Path, front: Proxy, name: str) -> None:
     async with served(tmp_path, front, name) as (site, image):
         await site.client.fetch(DIFF_ID, ((0, 100),))
