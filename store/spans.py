@@ -252,7 +252,7 @@ class SpanTable:
         self._map.close()
 
     def unload(self) -> None:
-        """Take up no memory until it is read again; what is wanted then comes by itself."""
+        """Take up no memory but for what is read from now on, which comes by itself."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def span(self, number: int) -> Span:

@@ -148,9 +148,8 @@ class LayerServer:
             if self._talks.are_heard or self._serving.in_use:
                 needed = trio.current_time()
             self._forget_removed()
-            if self._slots.is_quiet:
-                for fetcher in self._fetchers.values():
-                    fetcher.layer.table.unload()
+            for fetcher in self._fetchers.values():
+                fetcher.layer.table.unload()
             await trio.sleep(_LOOK_SECONDS)
 
     def _forget_removed(self) -> None:
