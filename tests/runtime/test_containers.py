@@ -349,7 +349,8 @@ async def test_pause_of_one_that_has_just_ended(room: Room) -> None:
     await container.start()
     assert container.pid is not None
     os.kill(container.pid, signal.SIGKILL)
-    with pytest.raises(ContainerBusy, match="has just ended"):
+    # Or it was noticed before.
+    with pytest.raises(ContainerBusy, match=r"has just ended|does not run, it is stopped"):
         await container.pause()
     assert await container.wait() == 137
 
