@@ -1,13 +1,14 @@
 """Describing a large layer in a process of its own.
 
 Python runs one thread at a time. To describe a layer with as many files as a whole toolchain
-takes as long as to find where their contents come from; so both are done at once.
+takes as long as to work out its entries and where their contents come from; so both are done at
+once: its tree while there are more and more entries, its image while the contents are laid out.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -16,7 +17,7 @@ import msgspec
 
 from store.description import Description, Frame, build_tree, describe
 from store.errors import CorruptContent, InvalidLayer, LimitExceeded, StoreError
-from store.index import Entry, read_index
+from store.index import Entry, read_blocks
 
 
 class Entries(Protocol):
@@ -27,12 +28,15 @@ class Entries(Protocol):
         """Whether there are many, before they are asked for."""
 
     @property
-    def entries(self) -> Sequence[Entry]:
+    def entries(self) -> Iterable[Entry]:
         """All of them."""
 
 
 class Describing(Protocol):
     """The description of a layer, in the making."""
+
+    def block(self) -> None:
+        """There is one more block of entries in the index."""
 
     def begin(self, frame: Frame) -> None:
         """All entries are in the index."""
@@ -62,13 +66,6 @@ def describing(layout: Entries, index: Path, meta: BinaryIO, max_inodes: int) ->
     return _Here(layout, meta, max_inodes)
 
 
-def _describe(
-    entries: Iterable[Entry], max_inodes: int, meta: BinaryIO, frame: Frame
-) -> Description:
-    tree, needs_lower = build_tree(entries, max_inodes)
-    return describe(tree, needs_lower, meta, frame)
-
-
 class _Here:
     """Describes when the result is asked for."""
 
@@ -78,19 +75,18 @@ class _Here:
         self._max_inodes = max_inodes
         self._frame = Frame(0, b"")
 
+    def block(self) -> None:
+        pass
+
     def begin(self, frame: Frame) -> None:
         self._frame = frame
 
     def result(self) -> Description:
-        return _describe(self._layout.entries, self._max_inodes, self._meta, self._frame)
+        tree, needs_lower = build_tree(self._layout.entries, self._max_inodes)
+        return describe(tree, needs_lower, self._meta, self._frame)
 
     def close(self) -> None:
         pass
-
-
-class _Job(msgspec.Struct, frozen=True):
-    frame: Frame
-    max_inodes: int
 
 
 class _Refused(msgspec.Struct, frozen=True, tag=True):
@@ -108,28 +104,33 @@ _ANSWER = msgspec.msgpack.Decoder(Description | _Refused | _Failed)
 
 class _Apart:
     """The side that asks. The process is started before there is anything to do, for until it can
-    do it takes a tenth of a second."""
+    do it takes a tenth of a second. It is told an empty line for each block of entries that it can
+    read already, and the frame in the last line."""
 
     def __init__(self, index: Path, meta: BinaryIO, max_inodes: int) -> None:
-        self._max_inodes = max_inodes
         # By descriptors: the directory that the files are in gets its name meanwhile.
         with index.open("rb") as entries:
             files = (entries.fileno(), meta.fileno())
             # -P: nothing is imported from the directory that this process was started in.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "store.describer", *map(str, files)],
+                [sys.executable, "-P", "-m", "store.describer", *map(str, (*files, max_inodes))],
+                bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=files,
                 start_new_session=True,  # signals from a terminal are for the daemon
             )
 
+    def block(self) -> None:
+        self._tell(b"\n")
+
     def begin(self, frame: Frame) -> None:
-        job = msgspec.msgpack.encode(_Job(frame, self._max_inodes))
+        self._tell(msgspec.json.encode(frame) + b"\n")
+
+    def _tell(self, line: bytes) -> None:
         assert self._process.stdin
         with suppress(BrokenPipeError):  # result() says why
-            self._process.stdin.write(job)
-            self._process.stdin.close()
+            self._process.stdin.write(line)
 
     def result(self) -> Description:
         assert self._process.stdout
@@ -157,22 +158,47 @@ class _Apart:
 
 def main() -> None:
     """The side that answers, unless the layer is given up meanwhile."""
-    index, meta = map(int, sys.argv[1:])
-    job = sys.stdin.buffer.read()
-    if not job:
-        return
+    index, meta, max_inodes = map(int, sys.argv[1:])
+    told = _Told(index)
     answer: Description | _Refused | _Failed
     try:
+        tree, needs_lower = build_tree(told.entries(), max_inodes)
+        frame = told.frame()
+        if frame is None:
+            return
         with os.fdopen(meta, "wb") as file:
-            wanted = msgspec.msgpack.decode(job, type=_Job)
-            entries = read_index(Path(f"/proc/self/fd/{index}"))
-            answer = _describe(entries, wanted.max_inodes, file, wanted.frame)
+            answer = describe(tree, needs_lower, file, frame)
     except tuple(_REFUSALS.values()) as error:
         answer = _Refused(type(error).__name__, error.sentence)
     except OSError as error:
         answer = _Failed(error.errno or 0)
     with suppress(BrokenPipeError):
         os.write(sys.stdout.fileno(), msgspec.msgpack.encode(answer))
+
+
+class _Told:
+    """What comes through standard input; see ``_Apart``."""
+
+    def __init__(self, index: int) -> None:
+        self._blocks = read_blocks(Path(f"/proc/self/fd/{index}"))
+        self._last = b""
+
+    def entries(self) -> Iterator[Entry]:
+        """As they come."""
+        for line in sys.stdin.buffer:
+            if line != b"\n":
+                self._last = line
+                break
+            yield from next(self._blocks)
+        for block in self._blocks if self._last else ():
+            yield from block
+
+    def frame(self) -> Frame | None:
+        """What comes after the entries; None when nothing comes any more."""
+        if not self._last:
+            for _ in self.entries():  # the tree had no use for these
+                pass
+        return msgspec.json.decode(self._last, type=Frame) if self._last else None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ each an array in the order of ``Entry``'s fields. All integers are little endian
 """
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,10 +54,15 @@ class Entry(msgspec.Struct, array_like=True, gc=False):
 
 
 class IndexWriter:
-    """Appends entries to an open file; ``close()`` writes out what is still held."""
+    """Appends entries to an open file; ``close()`` writes out what is still held.
 
-    def __init__(self, file: BinaryIO) -> None:
+    Args:
+        written: called whenever the file has one more block.
+    """
+
+    def __init__(self, file: BinaryIO, written: Callable[[], None] = lambda: None) -> None:
         self._file = file
+        self._written = written
         self._encoder = msgspec.msgpack.Encoder()
         self._held: list[Entry] = []
         file.write(_HEAD.pack(MAGIC, VERSION))
@@ -77,13 +82,17 @@ class IndexWriter:
         encoded = self._encoder.encode(self._held)
         self._file.write(_LENGTH.pack(len(encoded)))
         self._file.write(encoded)
+        self._file.flush()
         self._held.clear()
+        self._written()
 
 
-def write_index(path: Path, entries: Iterable[Entry]) -> None:
-    """Write all entries of a layer to a file, from its start."""
+def write_index(
+    path: Path, entries: Iterable[Entry], written: Callable[[], None] = lambda: None
+) -> None:
+    """Write all entries of a layer to a file, from its start; see ``IndexWriter``."""
     with path.open("wb") as file:
-        index = IndexWriter(file)
+        index = IndexWriter(file, written)
         for entry in entries:
             index.add(entry)
         index.close()
@@ -95,6 +104,16 @@ def read_index(path: Path) -> Iterator[Entry]:
     Raises:
         CorruptContent: the file is not an index of this version, or is cut short.
     """
+    for block in read_blocks(path):
+        yield from block
+
+
+def read_blocks(path: Path) -> Iterator[list[Entry]]:
+    """The same block by block. Each is read when it is asked for, while others may still come.
+
+    Raises:
+        CorruptContent: as ``read_index``.
+    """
     decoder = msgspec.msgpack.Decoder(list[Entry])
     with path.open("rb") as file:
         if file.read(_HEAD.size) != _HEAD.pack(MAGIC, VERSION):
@@ -103,10 +122,9 @@ def read_index(path: Path) -> Iterator[Entry]:
             if len(head) != _LENGTH.size:
                 raise _corrupt(path)
             try:
-                block = decoder.decode(file.read(*_LENGTH.unpack(head)))
+                yield decoder.decode(file.read(*_LENGTH.unpack(head)))
             except msgspec.MsgspecError as error:
                 raise _corrupt(path) from error
-            yield from block
 
 
 def _corrupt(path: Path) -> CorruptContent:

@@ -24,7 +24,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -127,8 +127,8 @@ class LazyLayout(Protocol):
         """What says so, as ``estargz``."""
 
     @property
-    def entries(self) -> Sequence[Entry]:
-        """As in ``index.py``."""
+    def entries(self) -> Iterable[Entry]:
+        """As in ``index.py``; they may be worked out one by one."""
 
     @property
     def spans(self) -> SpanWriter:
@@ -282,7 +282,7 @@ class Layers:
                 (workspace / "meta.erofs").open("xb") as meta,
                 closing(describing(layout, index, meta, most)) as description,
             ):
-                write_index(index, layout.entries)
+                write_index(index, layout.entries, description.block)
                 description.begin(_frame(layout.data_size, _hex(diff_id)))
                 _write_spans(workspace / "spans", layout, known)
                 lazy.prepare(workspace, record, layout.data_size, known)

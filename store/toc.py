@@ -5,6 +5,7 @@ a file can be inflated by itself. The manifest has its digest, and it has those 
 """
 
 import stat
+from collections.abc import Iterator
 from functools import cached_property
 
 from store import estargz, zstd_chunked
@@ -76,12 +77,16 @@ class Toc:
         # Item by item their entries; chunks that are not a file's first have none.
         self._items: list[Item] = []
         self._entries: list[Entry | None] = []
+        self._listed: list[Entry] | None = None
         self._data_end = 0
 
-    @cached_property
-    def entries(self) -> list[Entry]:
+    @property
+    def entries(self) -> Iterator[Entry]:
         """What ``TarParser`` would have given for the same layer, with places in a data file that
-        holds only what an entry names."""
+        holds only what an entry names. Worked out one by one, the first time."""
+        return self._list() if self._listed is None else iter(self._listed)
+
+    def _list(self) -> Iterator[Entry]:
         entries: list[Entry] = []
         metadata = 0
         for item in self._decode():
@@ -102,8 +107,15 @@ class Toc:
                     f"the layer has more than {self._limits.layer_entries} files and directories; "
                     "raise the limit in the store's configuration if you trust the image"
                 )
+            yield entry
         check_metadata(metadata, self._limits)
-        return entries
+        self._listed = entries
+
+    def _have_entries(self) -> None:
+        """Each has its place in the data file then."""
+        if self._listed is None:
+            for _ in self.entries:
+                pass
 
     def _decode(self) -> list[Item]:
         json, self._json = self._json, b""
@@ -119,14 +131,14 @@ class Toc:
     @property
     def data_size(self) -> int:
         """Of the data file, a multiple of 4096. What no span fills is zeros."""
-        _ = self.entries  # each has its place now
+        self._have_entries()
         return aligned(self._data_end)
 
     @cached_property
     def spans(self) -> SpanWriter:
         """All of the layer's that hold something of the data file, and where in the blob what is
         wanted at start ends."""
-        _ = self.entries  # each has its place now
+        self._have_entries()
         landmarks: dict[bytes, int] = {}
         layout = self._layout
         for item, entry in zip(self._items, self._entries, strict=True):

@@ -49,7 +49,7 @@ def described(entries: Sequence[Entry], directory: Path, apart: bool) -> tuple[D
         image.open("xb") as meta,
         closing(describing(Layer(entries, apart), index, meta, 3500)) as description,
     ):
-        write_index(index, entries)
+        write_index(index, entries, description.block)
         # The directory gets another name meanwhile.
         directory.rename(directory.with_suffix(".named"))
         description.begin(FRAME)
