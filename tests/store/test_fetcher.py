@@ -206,14 +206,17 @@ async def test_many_readers_of_one_chunk_make_one_request(place: Place, proxy: P
 
 async def test_requests_under_way_are_bounded(place: Place, proxy: Proxy) -> None:
     under_way = most = 0
-    lock = threading.Lock()
+    lock, all_there = threading.Lock(), threading.Event()
 
     def watched(exchange: Exchange) -> None:
         nonlocal under_way, most
         with lock:
             under_way += 1
             most = max(most, under_way)
-        time.sleep(0.05)
+            if most == 8:
+                all_there.set()
+        all_there.wait(0.5)
+        time.sleep(0.05)  # for one more to come
         with lock:
             under_way -= 1
         exchange.forward()  # with the last byte of which the next may come
