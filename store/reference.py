@@ -161,4 +161,8 @@ def parse_source(text: str) -> RegistrySource | LayoutSource:
                 f"{text!r:.300} is not an image layout; write oci:/path or oci:/path:tag"
             )
         return LayoutSource(Path(os.path.normpath(path)), tag or None)
-    return RegistrySource(parse_reference(text.removeprefix("docker://")))
+    name = text.removeprefix("docker://")
+    scheme, separator, _ = name.partition("://")
+    if separator:
+        raise _invalid(text, f"leave out {scheme + separator!r:.200}; registries are found without")
+    return RegistrySource(parse_reference(name))

@@ -112,6 +112,11 @@ def test_sources() -> None:
     assert str(parse_source("oci:/a/b:v1")) == "oci:/a/b:v1"
 
 
+def test_a_scheme_that_images_have_not() -> None:
+    with pytest.raises(InvalidReference, match="leave out 'https://'"):
+        parse_source("https://host.example:5000/app:1")
+
+
 @pytest.mark.parametrize("text", ["oci:", "oci:relative", "oci:/a:", "oci:/a\0b", "ftp://x/y"])
 def test_bad_sources(text: str) -> None:
     with pytest.raises(InvalidReference):
