@@ -101,7 +101,8 @@ class Format(_LayerValue):
 
 
 class Fetched(_LayerValue):
-    """How many bytes of the layer are here."""
+    """How many bytes of the layer's blob are here. Contents that were taken from another image's
+    layer do not count: the blob's bytes come when there is time."""
 
     name = "fetched"
 
