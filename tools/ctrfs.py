@@ -147,8 +147,13 @@ def _umount(arguments: argparse.Namespace) -> int:
         _stop(daemon)
     elif not mountpoint.ours(target):
         raise CommandFailed(f"no ctrfs is mounted at {target}")
-    while mountpoint.ours(target):  # its daemon was killed
+    while mountpoint.ours(target):
         mountpoint.detach(target)
+        print(
+            "its daemon had been killed: containers run on, and what it had mounted of layers stays"
+            " until the next `ctrfs mount` of the same --root ends",
+            file=sys.stderr,
+        )
     return 0
 
 
