@@ -16,6 +16,7 @@ from runtime.errors import RuntimeFailure
 from runtime.oci import ENVIRONMENT, find_program
 from runtime.rootfs import mount_file, mount_loop
 from store.erofs import write_image
+from store.errors import storage
 from store.layers import LayerImage
 from store.tree import Directory
 
@@ -52,8 +53,12 @@ def checks(config: RuntimeConfig, root: Path) -> list[Check]:
         config: names the programs to look for.
         root: where images and containers are kept, or will be. Filesystems differ: EROFS
             cannot be mounted from files on a tmpfs.
+
+    Raises:
+        StorageFailed: nothing can be written there, and so nothing be tried.
     """
-    with _directory_at(root) as directory:
+    doing = f"trying out what the filesystem of {root} can do"
+    with storage(doing), _directory_at(root) as directory:
         return _checks(config, directory)
 
 

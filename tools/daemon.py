@@ -3,6 +3,7 @@
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import trio
 
@@ -68,7 +69,9 @@ async def _serve(
     mountpoint = str(options.mountpoint)
     automounts = Automounts(mountpoint)
     failures = Failures()
+    starting = ExitStack()
     try:
+        starting.enter_context(store.ballast.dropped())
         if config.store.lazy.method == "fanotify":  # else its server would fail again and again
             await trio.to_thread.run_sync(fanotify.require, options.root)
         async with trio.open_nursery() as nursery, containers.opened():
@@ -92,6 +95,7 @@ async def _serve(
             )
             nursery.start_soon(indexer.run)
             await client.wait_until_up()
+            starting.close()
             stop = trio.Event()
             nursery.start_soon(_stop_on_signal, stop)
             root = Root(context)
@@ -99,6 +103,7 @@ async def _serve(
             await serve(root, mountpoint, failures, automounts, ready, stop, follow)
             nursery.cancel_scope.cancel()
     finally:
+        starting.close()
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(rootfs.close)
             await client.end()

@@ -34,6 +34,11 @@ def group_name(run: Path) -> str:
     return f"ctrfs-{hashlib.sha256(os.fsencode(run)).hexdigest()[:16]}"
 
 
+def has_group(run: Path) -> bool:
+    """Whether a server before had a group, which somebody holds. Blocks shortly."""
+    return bool(keeper.find(group_name(run)))
+
+
 def find_group(run: Path) -> PreContentGroup | None:
     """The group of a server before, from whoever holds it. Blocks shortly.
 

@@ -1,5 +1,6 @@
 """The command `ctrfs`, run as users and service managers do."""
 
+import json
 import os
 import shutil
 import signal
@@ -189,6 +190,38 @@ def test_a_way_of_serving_layers_that_is_impossible(place: Place, tmp_path: Path
         subprocess.run(["umount", root], check=True)
 
 
+def test_a_disk_that_is_full(place: Place, tmp_path: Path) -> None:
+    root, mountpoint = place("a")
+    root.mkdir()
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", disk], check=True)
+    subprocess.run(["mount", "-o", "loop", disk, root], check=True)
+    try:
+        for _ in range(3):
+            assert ctrfs("mount", "--root", root, mountpoint).returncode == 0
+            fill(root / "rest")
+            info = json.loads((mountpoint / "info.json").read_text())
+            assert info["features"]["overlayfs"]["ok"]
+            assert ctrfs("umount", mountpoint).returncode == 0
+            fill(root / "rest")
+        result = ctrfs("doctor", "--root", root)
+        assert result.returncode == 1
+        assert "No space left on device" in result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+    finally:
+        # A test that fails leaves a tree mounted.
+        subprocess.run(["umount", "--lazy", root], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write to a file until nothing more goes onto its disk."""
+    with suppress(OSError), path.open("ab", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
 def test_a_killed_daemons_mount_is_taken_over(place: Place) -> None:
     root, mountpoint = place("a")
     assert ctrfs("mount", "--root", root, mountpoint).returncode == 0
@@ -205,7 +238,8 @@ def test_a_killed_daemons_mount_is_unmounted(place: Place) -> None:
     assert ctrfs("mount", "--root", root, mountpoint).returncode == 0
     os.kill(pids(root)[0], signal.SIGKILL)
     _wait_until(lambda: not _answers(mountpoint))
-    assert ctrfs("umount", mountpoint).returncode == 0
+    result = ctrfs("umount", mountpoint)
+    assert result.returncode == 0 and "until the next `ctrfs mount`" in result.stderr
     assert not mountpoint.is_mount()
     assert os.listdir(mountpoint) == []
 
