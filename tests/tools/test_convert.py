@@ -18,6 +18,7 @@ from tests.support.mount import Mount
 from tests.support.registry import PASSWORD, USER, Registry
 from tests.support.tars import archive, entry
 from tools import instance
+from tools.sides import Containerd
 
 TOP = Path(__file__).parents[2]
 CTRFS = (sys.executable, "-m", "tools.ctrfs")
@@ -105,6 +106,16 @@ def test_through_a_registry(tmp_path: Path, busybox: OciLayout, auth: str | None
         digest = converted(tmp_path, "oci:in", name, **more)
         assert converted(tmp_path, name, "oci:out:v1", **more) == digest
     assert "can't be reached" in refused(tmp_path, name, "oci:out:v1")
+
+
+@pytest.mark.parametrize("form", ["estargz", "zstd:chunked"])
+def test_containerd_runs_the_result(tmp_path: Path, busybox: OciLayout, form: str) -> None:
+    with Registry(tmp_path / "registry") as registry:
+        name = f"{registry.host}/app:v1"
+        converted(tmp_path, "oci:in", f"docker://{name}", "--format", form)
+        containerd = Containerd(tmp_path, name)
+        with containerd.running():
+            assert containerd.run("/bin/sh", "-c", "echo hi").first_line is not None
 
 
 def test_images_of_a_mounted_tree(tmp_path: Path, busybox: OciLayout, mount: Mount) -> None:
