@@ -46,9 +46,9 @@ class LayerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     # Inflated, and again for file sizes with holes counted. The largest public images (CUDA
     # with models) have layers of 10 to 30 GB; 64 GiB is what a hostile one may fill.
     layer_bytes: Count = 64 << 30
-    # Files and directories. A full Debian desktop has 300,000; a million takes 0.3 GB of memory
-    # while the layer is unpacked.
-    layer_entries: Count = 1_000_000
+    # Files and directories. A full Debian desktop has 300,000; a million, which is refused, would
+    # take 0.3 GB of memory while the layer is unpacked.
+    layer_entries: Count = 900_000
     # Names, link texts and attributes together, which are in memory too. A million names
     # have about 60 MB; attributes are rare and small (a capability has 24 bytes).
     layer_metadata_bytes: Count = 256 << 20

@@ -503,6 +503,13 @@ def test_millions_of_entries() -> None:
     assert "table of contents has more than" in refusal(blob, LimitExceeded, few)
 
 
+def test_a_million_files() -> None:
+    item = b'{"name":"a","type":"reg"},'
+    document = b'{"version":1,"entries":[' + item * 999_999 + item[:-1] + b"]}"
+    blob = estargz(archive(), document=document)
+    assert "has more than 900000 files" in refusal(blob, LimitExceeded)
+
+
 @CODECS
 def test_names_are_cleaned_and_later_ones_win(codec: Codec) -> None:
     parts = (entry(name, data=name) for name in (b"/a", b"./a", b"x/../a", b"//b/./a//"))
