@@ -40,6 +40,7 @@ from tests.support import proxy as faults
 from tests.support.indexing import digest, index_of, table_of
 from tests.support.layouts import GZIP, OciLayout, compress, sha256, tar_of
 from tests.support.mount import Mount
+from tests.support.processes import parent
 from tests.support.proxy import Proxy
 from tests.support.registry import Registry
 from tests.support.systemd import Systemd
@@ -467,9 +468,8 @@ def _kill(mount: Mount, victims: set[str], orphan: str) -> None:
     """Kill processes at once; a monitor is that of ``orphan``."""
     monitor = 0
     if "monitor" in victims:
-        with suppress(FileNotFoundError):  # its container has ended
-            init = mount.read(f"containers/{orphan}/pid")
-            monitor = int(Path(f"/proc/{init}/stat").read_text().rpartition(")")[2].split()[1])
+        with suppress(FileNotFoundError, ValueError):  # its container has ended
+            monitor = parent(int(mount.read(f"containers/{orphan}/pid")))
     if "daemon" in victims:
         mount.kill()
     if "keeper" in victims:
@@ -510,7 +510,7 @@ def test_all_who_guard_a_layer_die_at_once(
     mount.write("containers/runs/state", "start")
     for top in (mount.path / "containers/idle/rootfs", mount.path / "images" / name / "rootfs"):
         assert (top / "data/small001").read_bytes() == image.files["data/small001"]
-    until(lambda: mount.read("containers/runs/log") == "ready")
+    until(partial(_says_ready, mount, "runs"))
     init, mount_pid = int(mount.read("containers/runs/pid")), mount.pid
     view = Path(f"/proc/{init}/root/data")
     holders = keeper.find(group_name(mount.run))
@@ -559,7 +559,7 @@ def test_a_service_manager_holds_readers_when_all_who_guard_them_die(
     script = "/bin/busybox cat /bin/busybox > /dev/null; echo ready; exec /bin/busybox sleep 1000"
     mount.container("runs", name, "/bin/busybox", "sh", "-c", script)
     mount.write("containers/runs/state", "start")
-    until(lambda: mount.read("containers/runs/log") == "ready")
+    until(partial(_says_ready, mount, "runs"))
     init = systemd.seen(Path("/proc") / mount.read("containers/runs/pid"))
     inside = (init / "root/data/large0").open("rb")
     outside = (mount.path / "images" / name / "rootfs/data/large1").open("rb")
