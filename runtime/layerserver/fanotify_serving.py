@@ -34,11 +34,6 @@ def group_name(run: Path) -> str:
     return f"ctrfs-{hashlib.sha256(os.fsencode(run)).hexdigest()[:16]}"
 
 
-def has_group(run: Path) -> bool:
-    """Whether a server before had a group, which somebody holds. Blocks shortly."""
-    return bool(keeper.find(group_name(run)))
-
-
 def find_group(run: Path) -> PreContentGroup | None:
     """The group of a server before, from whoever holds it. Blocks shortly.
 
@@ -65,6 +60,7 @@ class FanotifyServing:
 
     Args:
         run: the server's run directory.
+        found: the group of a server before, from ``find_group``.
 
     Raises:
         OSError, Unsupported: the kernel can't.
@@ -72,12 +68,11 @@ class FanotifyServing:
 
     name = "fanotify"
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, found: PreContentGroup | None) -> None:
         self._run = run
         self._fetchers: dict[FileId, Fetcher] = {}
         self._knows_all = False  # of the layers that were incomplete when this began
         self._room = trio.Event()
-        found = find_group(run)
         self._is_new = found is None
         self._group = found or PreContentGroup.create(_SLOTS, group_name(run))
         if not keeper.is_there(group_name(run)):

@@ -19,7 +19,7 @@ from runtime.layerserver import protocol, rundir
 from runtime.layerserver.asked import fetch_ranges, fetch_rest, runs_in_order
 from runtime.layerserver.completion import complete
 from runtime.layerserver.conversations import Conversations
-from runtime.layerserver.fanotify_serving import FanotifyServing, has_group
+from runtime.layerserver.fanotify_serving import FanotifyServing, find_group
 from runtime.layerserver.fill import Filler
 from runtime.layerserver.fuse import FuseServing
 from runtime.layerserver.protocol import (
@@ -382,13 +382,14 @@ def _choose(
     method = config.lazy.method
     if method == "fuse":
         return FuseServing(run, find), "the configuration says fuse"
-    if method == "fanotify":
-        fanotify.require(root)
-        return FanotifyServing(run), ""
     # Who waits for a server that was here before is served by this way alone, and that nothing can
     # be tried out on a full disk does not matter then.
-    why = None if has_group(run) else fanotify.available(root)
-    return (FanotifyServing(run), "") if why is None else (FuseServing(run, find), why)
+    found = find_group(run)
+    if found is None and method == "fanotify":
+        fanotify.require(root)
+    elif found is None and (why := fanotify.available(root)) is not None:
+        return FuseServing(run, find), why
+    return FanotifyServing(run, found), ""
 
 
 def _patience(config: StoreConfig) -> Patience:
