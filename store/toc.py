@@ -10,7 +10,7 @@ from functools import cached_property
 
 from store import estargz, zstd_chunked
 from store.errors import LimitExceeded
-from store.estargz import NO_PREFETCH, PREFETCH, STEERING, only_steers
+from store.estargz import NO_PREFETCH, PREFETCH, only_steers
 from store.index import Entry
 from store.manifest import Descriptor
 from store.source import BlobReader
@@ -95,10 +95,9 @@ class Toc:
                 continue
             entry = entry_of(item)
             self._entries.append(entry)
-            if entry.path in STEERING and only_steers(entry):
+            if only_steers(entry):
                 continue
-            if entry.size and stat.S_ISREG(entry.mode):
-                self._place(entry)
+            self._place(entry)
             entries.append(entry)
             metadata += len(entry.path) + len(entry.link)
             if entry.xattrs is not None:
@@ -124,9 +123,10 @@ class Toc:
         return self._items
 
     def _place(self, entry: Entry) -> None:
-        entry.offset = aligned(self._data_end)
-        self._data_end = entry.offset + entry.size
-        check_content(entry, self._limits)
+        if entry.size and stat.S_ISREG(entry.mode):
+            entry.offset = aligned(self._data_end)
+            self._data_end = entry.offset + entry.size
+            check_content(entry, self._limits)
 
     @property
     def data_size(self) -> int:
@@ -144,7 +144,7 @@ class Toc:
         for item, entry in zip(self._items, self._entries, strict=True):
             if entry is None:
                 layout.add_chunk(item)
-            elif entry.path in STEERING and only_steers(entry):
+            elif only_steers(entry):
                 landmarks[entry.path] = layout.add(entry, item, wanted=False)
             else:
                 layout.add(entry, item)
