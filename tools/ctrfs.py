@@ -147,13 +147,14 @@ def _umount(arguments: argparse.Namespace) -> int:
         _stop(daemon)
     elif not mountpoint.ours(target):
         raise CommandFailed(f"no ctrfs is mounted at {target}")
-    while mountpoint.ours(target):
-        mountpoint.detach(target)
+    if mountpoint.ours(target):
         print(
             "its daemon had been killed: containers run on, and what it had mounted of layers stays"
             " until the next `ctrfs mount` of the same --root ends",
             file=sys.stderr,
         )
+    while mountpoint.ours(target):
+        mountpoint.detach(target)
     return 0
 
 
