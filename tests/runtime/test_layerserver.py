@@ -522,8 +522,11 @@ async def test_tables_take_no_memory_when_nobody_reads(
 ) -> None:
     async with served(tmp_path, front, name) as (site, _):
         pid = (await site.client.status()).pid
-        await site.client.fetch(DIFF_ID, ((0, 100),))
-        assert resident(pid, "/spans") > 0
+        found = []
+        for _ in range(10):  # it may be let go of before we look
+            await site.client.fetch(DIFF_ID, ((0, 100),))
+            found.append(resident(pid, "/spans"))
+        assert max(found) > 0
         await until(lambda: resident(pid, "/spans") == 0)
 
 
