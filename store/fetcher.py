@@ -3,13 +3,16 @@
 Requests run in tasks of their own, since several readers may want what one of them brings;
 the bytes are received, verified and written in a thread per request, and each span can be read
 as soon as its own bytes are here.
+
+Of a layer whose spans are inflated in order there is one request at a time, which begins with the
+first span that is missing, whatever somebody reads.
 """
 
 import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractAsyncContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 
 import trio
@@ -160,6 +163,9 @@ class Fetcher:
         self._given_up = _GivenUp()
         self._moved = 0  # rises whenever bytes come
         self._ahead = ReadAhead(layer.table, layer.has)
+        self._turn: AbstractAsyncContextManager[object] = (
+            trio.Lock() if layer.table.in_order else nullcontext()
+        )
         self._token = trio.lowlevel.current_trio_token()
 
     # --- for readers -------------------------------------------------------------------
@@ -198,7 +204,10 @@ class Fetcher:
         """
         self._given_up.check(missing)
         try:
-            await self._need(missing)
+            if self.layer.table.in_order:
+                await self._need_all(missing, False, lambda: self.layer.fetched)
+            else:
+                await self._need(missing)
         except StoreError as error:
             self._given_up.add(missing, error)
             self._failed(self.layer.diff_id, error, reading)
@@ -216,7 +225,7 @@ class Fetcher:
             StoreError: nothing came within the time that readers wait.
         """
         try:
-            await self._need_all(spans, blob)
+            await self._need_all(spans, blob, lambda: self._moved)
         except DigestMismatch as error:
             # The others of the request have come.
             wrong = next((n for n in spans if not self.layer.has(n)), spans[0])
@@ -264,14 +273,16 @@ class Fetcher:
         finally:
             self._slots.used()
 
-    async def _need_all(self, spans: Sequence[int], blob: bool) -> None:
-        """Wait for what a slow line may take long for: anew as long as anything comes."""
+    async def _need_all(
+        self, spans: Sequence[int], blob: bool, progress: Callable[[], int]
+    ) -> None:
+        """Wait for what a slow line may take long for: anew as long as ``progress`` is made."""
         while True:
-            moved = self._moved
+            before = progress()
             try:
                 return await self._need(spans, blob=blob)
             except RegistryError as error:
-                if not error.transient or self._moved == moved:
+                if not error.transient or progress() == before:
                     raise
 
     async def _patiently(self, spans: Sequence[int], blob: bool) -> None:
@@ -307,6 +318,7 @@ class Fetcher:
 
     def _request(self, spans: range, limiter: trio.CapacityLimiter, *, blob: bool = False) -> None:
         """Ask for what is neither here nor on its way, in as few requests as possible."""
+        spans = self._possible(spans)
         is_here = self._is_here(blob)
         run: dict[int, _Pending] = {}
         for number in spans:
@@ -326,7 +338,7 @@ class Fetcher:
         error: StoreError | None = None
         numbers = list(wanted)
         try:
-            async with limiter:
+            async with self._turn, limiter:
                 await self._transfer(range(numbers[0], numbers[-1] + 1), wanted, blob)
         except StoreError as failure:
             error = failure
@@ -338,6 +350,12 @@ class Fetcher:
                 # Another request may have the span by now, if it was forgotten again.
                 if self._pending.get(number) is pending:
                     self._settle(number, error)
+
+    def _possible(self, spans: range) -> range:
+        """The spans to ask for if these are wanted."""
+        if self.layer.table.in_order:
+            return range(self.layer.next_absent(0), spans.stop)
+        return spans
 
     def _promise(self, spans: range) -> dict[int, _Pending]:
         """Note that spans are on their way; those that were not."""
@@ -373,7 +391,7 @@ class Fetcher:
             self._moved += 1
 
         def work() -> None:
-            for wanted in self._without_borrowed(spans, blob):
+            for wanted in self._without_borrowed(self._possible(spans), blob):
                 start = self.layer.table.range_of(wanted[0])[0]
                 end = self.layer.table.range_of(wanted[-1])[1]
                 stream = self._source.open_blob(self.layer.record.blob, start, end - start)
@@ -390,7 +408,8 @@ class Fetcher:
         """What is left to ask a registry for after what other layers have. A little of that is
         fetched all the same where a request would have to be cut for it."""
         if (blob and not self.borrows) or not self._lender.can_lend(self.layer):
-            yield spans
+            if spans:
+                yield spans
             return
         run = range(0)
         with closing(self._lender.borrower(self.layer)) as borrower:

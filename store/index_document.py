@@ -169,7 +169,7 @@ def _point_blocks(table: SpanTable) -> Iterator[list[Point]]:
     points = []
     for number in range(table.spans):
         point = _point(table, number)
-        if point.size:  # others fill gaps
+        if point.size or table.in_order:  # others fill gaps
             points.append(point)
         if len(points) == _POINTS:
             yield points
@@ -404,6 +404,8 @@ class _Spans:
     def take(self, points: list[Point], extents: Extents) -> None:
         for point in points:
             self._add(extents, point.start, _SPAN_MIN)
+            if self._held is None and point.start and self._codec == Codec.ZSTD_BLOCKS:
+                raise self._reader.wrong("leaves out how the layer begins")
             if self._codec != Codec.DEFLATE and (point.bits or point.lead or point.window):
                 raise self._reader.wrong("has bits of another codec")
             self._held = point

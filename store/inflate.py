@@ -125,7 +125,7 @@ def inflated(source: ChunkReader, media_type: str) -> Inflated:
 
 def _is_zstd(first: bytes) -> bool:
     magic = int.from_bytes(first, "little")
-    return magic == ZSTD_MAGIC or magic & 0xFFFFFFF0 == _ZSTD_SKIPPABLE
+    return magic == ZSTD_MAGIC or is_skippable(magic)
 
 
 class _Readable(Protocol):
@@ -202,6 +202,11 @@ class _Zstd:
         if done < len(buffer):
             self._frames.check_end()
         return done
+
+
+def is_skippable(magic: int) -> bool:
+    """Whether a zstd frame that begins so holds no contents."""
+    return magic & 0xFFFFFFF0 == _ZSTD_SKIPPABLE
 
 
 def frame_header(flags: int) -> tuple[int, int]:

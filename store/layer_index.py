@@ -2,14 +2,16 @@
 
 gzip, zstd and tar layers say nowhere where the bytes of a file are. Whoever reads such a layer
 once can write that down: for tar any place will do; for zstd the beginnings of frames; for
-gzip the beginnings of deflate blocks, with the 32 KiB of history that each needs.
+gzip the beginnings of deflate blocks, with the 32 KiB of history that each needs. Long zstd
+frames can be entered nowhere; they are inflated block by block, as far as somebody reads.
 """
 
 import ctypes
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import msgspec
 import zstandard
@@ -30,7 +32,7 @@ from store.unpack import (
     check_metadata,
     check_size,
 )
-from store.zstd_frames import Section, zstd_frames
+from store.zstd_frames import ZstdPart, zstd_parts
 
 # A span ends at the first possible place after so many inflated bytes. Long spans cost bytes that
 # nobody asked for, short ones windows. Measured with 229 MB of Debian (74 MB gzip), and the 18
@@ -93,23 +95,32 @@ def build_index(
     """
     first = blob.read(4)
     blob.seek(0)
+
+    def reading(codec: Codec) -> "_Reading":
+        return _Reading(codec, blob_size, blob.fileno(), limits, cancelled)
+
     match compression_of(first, media_type):
         case Compression.GZIP:
-            reading = _Reading(Codec.DEFLATE, blob_size, blob.fileno(), limits, cancelled)
-            _read_gzip(blob, reading)
+            read = _read_gzip(blob, reading(Codec.DEFLATE))
         case Compression.ZSTD:
-            reading = _Reading(Codec.ZSTD, blob_size, blob.fileno(), limits, cancelled)
-            _read_zstd(blob, blob_size, reading)
+            try:
+                read = _read_zstd(blob, blob_size, reading(Codec.ZSTD))
+            except NotLazy:  # for its long frames
+                read = _read_zstd(blob, blob_size, reading(Codec.ZSTD_BLOCKS))
         case Compression.NONE:
-            reading = _Reading(Codec.PLAIN, blob_size, blob.fileno(), limits, cancelled)
-            _read_plain(blob, reading)
-    return reading.finish(diff_id)
+            read = _read_plain(blob, reading(Codec.PLAIN))
+    return read.finish(diff_id)
 
 
-FORMATS = {Codec.DEFLATE: "gzip+index", Codec.ZSTD: "zstd+index", Codec.PLAIN: "tar+index"}
+FORMATS = {
+    Codec.DEFLATE: "gzip+index",
+    Codec.ZSTD: "zstd+index",
+    Codec.ZSTD_BLOCKS: "zstd+index",
+    Codec.PLAIN: "tar+index",
+}
 
 
-def _read_gzip(blob: BinaryIO, reading: "_Reading") -> None:
+def _read_gzip(blob: BinaryIO, reading: "_Reading") -> "_Reading":
     with GzipBlocks(blob) as blocks:
         while not blocks.ended:
             address, room = reading.memory()
@@ -118,6 +129,7 @@ def _read_gzip(blob: BinaryIO, reading: "_Reading") -> None:
             reading.put(count, blocks.consumed)
             if boundary is not None:
                 reading.cut(_span_at(boundary, reading))
+    return reading
 
 
 def _span_at(boundary: Boundary, reading: "_Reading") -> Span:
@@ -125,31 +137,36 @@ def _span_at(boundary: Boundary, reading: "_Reading") -> Span:
     return Span(boundary.start, 0, bits=boundary.bits, lead=boundary.lead, window=window)
 
 
-def _read_zstd(blob: BinaryIO, blob_size: int, reading: "_Reading") -> None:
+def _read_zstd(blob: BinaryIO, blob_size: int, reading: "_Reading") -> "_Reading":
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
-    fd = blob.fileno()
-    for start, end in zstd_frames(fd, blob_size):
-        if not reading.until_cut:
-            reading.cut(Span(start, 0))
-        section = cast(BinaryIO, Section(fd, start, end))
-        reader = decompressor.stream_reader(section, read_size=_BUFFER, closefd=False)
-        try:
-            while count := reader.readinto(reading.free()):
-                reading.put(count, end)
-        except zstandard.ZstdError as error:
-            raise InvalidLayer(
-                f"the layer's zstd stream is damaged within its first {end} bytes ({error}); "
-                "the image has to be built or pushed again"
-            ) from error
+    stream = decompressor.decompressobj(read_across_frames=True)
+    for part in zstd_parts(blob.fileno(), blob_size):
+        if not reading.until_cut and (part.opens or reading.codec == Codec.ZSTD_BLOCKS):
+            reading.cut(Span(part.start, 0))
+        reading.reach(part.end)
+        if part.content:
+            reading.add(_inflate(stream, blob, part), part.end)
+    return reading
 
 
-def _read_plain(blob: BinaryIO, reading: "_Reading") -> None:
+def _inflate(stream: "zstandard.ZstdDecompressionObj", blob: BinaryIO, part: ZstdPart) -> bytes:
+    try:
+        return stream.decompress(os.pread(blob.fileno(), part.end - part.start, part.start))
+    except zstandard.ZstdError as error:
+        raise InvalidLayer(
+            f"the layer's zstd stream is damaged within its first {part.end} bytes ({error}); "
+            "the image has to be built or pushed again"
+        ) from error
+
+
+def _read_plain(blob: BinaryIO, reading: "_Reading") -> "_Reading":
     position = 0
     while count := blob.readinto(reading.free()):  # type: ignore[attr-defined]
         if not reading.until_cut:
             reading.cut(Span(position, 0))
         position += count
         reading.put(count, position)
+    return reading
 
 
 class _Reading:
@@ -178,7 +195,7 @@ class _Reading:
         self._layout = TarLayout()
         self._entries: list[Entry] = []
         self._metadata = 0
-        self._codec = codec
+        self.codec = codec
 
     def memory(self) -> tuple[int, int]:
         """Address and size of what is free of the buffer."""
@@ -201,6 +218,25 @@ class _Reading:
         """A span begins with the next byte."""
         self._spans.begin(span)
 
+    def reach(self, end: int) -> None:
+        """So much of the blob has been read, which may have given nothing.
+
+        Raises:
+            NotLazy: the current span takes too much of it.
+            PullCancelled: see ``build_index``.
+        """
+        self._check_cancelled()
+        self._spans.reach(end)
+
+    def add(self, data: bytes, consumed: int) -> None:
+        """These bytes come next; as ``put``."""
+        rest = memoryview(data)
+        while rest:
+            room = self.free()[: len(rest)]
+            room[:] = rest[: len(room)]
+            rest = rest[len(room) :]
+            self.put(len(room), consumed)
+
     def put(self, count: int, consumed: int) -> None:
         """``count`` bytes have been put into the buffer, ``consumed`` of the blob were read."""
         new = self._view[self._used : self._used + count]
@@ -217,11 +253,10 @@ class _Reading:
         data_size = self._layout.finish()
         spans = self._spans.finish(self._layout)
         check_diff_id(Digest(f"sha256:{self._archive.hexdigest()}"), diff_id)
-        return LayerIndex(FORMATS[self._codec], self._entries, spans, data_size)
+        return LayerIndex(FORMATS[self.codec], self._entries, spans, data_size)
 
     def _flush(self) -> None:
-        if self._cancelled():
-            raise PullCancelled("the pull was cancelled")
+        self._check_cancelled()
         view = self._view[WINDOW : self._used]
         self._archive.update(view)
         for entry in self._layout.feed(view):
@@ -229,6 +264,10 @@ class _Reading:
         self._spans.settle(self._layout)
         self._view[:WINDOW] = self._view[self._used - WINDOW : self._used]
         self._used = WINDOW
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled():
+            raise PullCancelled("the pull was cancelled")
 
     def _check(self, entry: Entry) -> None:
         self._entries.append(entry)
@@ -254,7 +293,7 @@ def check_span(span: Span, codec: Codec) -> None:
 
 
 def _too_long(codec: Codec) -> NotLazy:
-    parts = "zstd frames" if codec == Codec.ZSTD else "deflate blocks"
+    parts = "deflate blocks" if codec == Codec.DEFLATE else "zstd frames"
     return NotLazy(
         f"the layer has {parts} of more than {SPAN_MAX >> 20} MiB, which can only be inflated from "
         "their beginning; `ctrfs convert` makes an image that can be loaded lazily"
@@ -290,9 +329,15 @@ class _Spans:
 
     def take(self, view: memoryview) -> None:
         """The next bytes of the current span. Raises NotLazy when they are too many."""
-        self._digest.update(view)
+        if self._codec != Codec.ZSTD_BLOCKS:
+            self._digest.update(view)
         self.size += len(view)
         if self.size > SPAN_MAX:
+            raise _too_long(self._codec)
+
+    def reach(self, end: int) -> None:
+        """The current span goes on at least to ``end``. Raises NotLazy when that is too far."""
+        if self._current is not None and end - self._current.start > SPAN_MAX:
             raise _too_long(self._codec)
 
     def settle(self, layout: TarLayout) -> None:
@@ -303,8 +348,13 @@ class _Spans:
             pieces = layout.extents.take(self._settled, end)
             span.window = sparse_window(span, self._fd) if pieces else b""
             check_span(span, self._codec)
+            if self._codec == Codec.ZSTD_BLOCKS:
+                span.digest = self._digest_of_blob(span)
             self._writer.add(span, pieces)
             self._settled = end
+
+    def _digest_of_blob(self, span: Span) -> bytes:
+        return hashlib.sha256(os.pread(self._fd, span.end - span.start, span.start)).digest()
 
     def finish(self, layout: TarLayout) -> SpanWriter:
         """The blob ends."""

@@ -45,7 +45,7 @@ from store.errors import (
 )
 from store.inflate import ChunkReader, inflated
 from store.manifest import Descriptor
-from store.span_inflate import are_members, inflate_pieces
+from store.span_inflate import Inflater, are_members
 from store.spans import Codec, Piece, SpanTable
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def prepare(
         }
         for number in touched:
             # What came before or after the contents, as a table of contents at the end.
-            if table.is_empty(number) and _covered(table.range_of(number), known):
+            if not table.can_verify(number) and _covered(table.range_of(number), known):
                 present[number] = 1
                 total += table.range_of(number)[1] - table.range_of(number)[0]
     finally:
@@ -209,6 +209,7 @@ class LazyLayer:
         self.record = read_record(directory)
         self.table = SpanTable(directory / "spans")
         self.complete = False
+        self._inflater = Inflater(self.table, self.read_blob)
         self._lock = threading.Lock()
         with storage(f"opening the layer in {directory}"):
             self.data_fd = open_data(directory / "data")
@@ -297,7 +298,7 @@ class LazyLayer:
         if self.keeps(number):
             return
         with _INFLATING:
-            contents = list(inflate_pieces(self.table, number, blob))
+            contents = list(self._inflater.pieces(number, blob))
             if not self.has(number):
                 self._write_contents(contents)
             del contents
@@ -358,7 +359,7 @@ class LazyLayer:
             kept, borrowed = self.keeps(number), self._is_borrowed(number)
             self.forget(number)
             start, end = self.table.range_of(number)
-            if kept and self.table.span(number).count:
+            if kept and self.table.can_verify(number):
                 # What holds no contents can't be verified alone, and is short.
                 blob = memoryview(os.pread(self._blob, end - start, start))
                 with suppress(DigestMismatch):
@@ -434,7 +435,7 @@ class LazyLayer:
         return bool(spans)
 
     def _is_doubtful(self, number: int) -> bool:
-        if self.table.is_empty(number):
+        if not self.table.can_verify(number):
             return True
         blob = self.read_blob(number)
         # The headers of the files that come next are in the same member as a content.
@@ -452,6 +453,7 @@ class LazyLayer:
             # Nobody reads the blob: it need not stay in memory beside what is read.
             os.posix_fadvise(self._blob, 0, 0, os.POSIX_FADV_DONTNEED)
             _mark_complete(self.directory)
+        self._inflater.close()
         self.complete = True
 
     def refuse(self, sentence: str) -> None:

@@ -5,7 +5,7 @@ Memory is bounded by what the span table says comes out, whatever the bytes are.
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import zstandard
@@ -14,6 +14,7 @@ from isal import isal_zlib
 from store.errors import DigestMismatch
 from store.inflate import ZSTD_WINDOW
 from store.spans import Codec, Piece, Span, SpanTable
+from store.zstd_blocks import Starved, ZstdBlocks
 
 _UNSET = bytes(32)
 
@@ -26,34 +27,66 @@ _TRAILER = 8
 _ISAL_ERROR = cast(type[Exception], isal_zlib.error)
 
 
-def inflate_pieces(
-    table: SpanTable, number: int, blob: bytes | memoryview
-) -> Iterator[tuple[Piece, memoryview]]:
-    """The pieces of a span with their bytes, each checked before it is given out.
+class Inflater:
+    """Inflates the spans of one layer. Safe to use from several threads.
 
     Args:
         table: the layer's.
-        number: of the span.
-        blob: the span's bytes as the registry has them.
-
-    Raises:
-        DigestMismatch: the bytes are not those that the table was made for.
+        read_blob: gives the bytes of a span that is here, by its number; None if it is not.
     """
-    span = table.span(number)
-    if not span.count:
-        return
-    inflated = memoryview(_inflate(table, number, span, blob))
-    if len(inflated) != span.size:
-        raise _wrong(span, f"inflate to {len(inflated)} bytes instead of {span.size}")
-    if span.digest != _UNSET:
-        _check(span, inflated, span.digest)
-    for piece in table.pieces_of(span):
-        content = inflated[piece.inner : piece.inner + piece.size]
-        if piece.digest != _UNSET:
-            _check(span, content, piece.digest)
-        elif span.digest == _UNSET:
-            raise _wrong(span, "have no digest")
-        yield piece, content
+
+    def __init__(self, table: SpanTable, read_blob: Callable[[int], bytes | None]) -> None:
+        self._table = table
+        self._blocks = ZstdBlocks(table, read_blob)
+
+    def pieces(self, number: int, blob: bytes | memoryview) -> Iterator[tuple[Piece, memoryview]]:
+        """The pieces of a span with their bytes, each checked before it is given out.
+
+        Args:
+            number: of the span.
+            blob: the span's bytes as the registry has them.
+
+        Raises:
+            DigestMismatch: the bytes are not those that the table was made for.
+        """
+        span = self._table.span(number)
+        in_order = self._table.in_order
+        if in_order:
+            _check(span, blob, span.digest)
+        if not span.count:
+            return
+        inflated = memoryview(self._inflate(number, span, blob))
+        if len(inflated) != span.size:
+            raise _wrong(span, f"inflate to {len(inflated)} bytes instead of {span.size}")
+        if span.digest != _UNSET and not in_order:
+            _check(span, inflated, span.digest)
+        for piece in self._table.pieces_of(span):
+            content = inflated[piece.inner : piece.inner + piece.size]
+            if piece.digest != _UNSET:
+                _check(span, content, piece.digest)
+            elif span.digest == _UNSET:
+                raise _wrong(span, "have no digest")
+            yield piece, content
+
+    def close(self) -> None:
+        """Give back what is held in memory; it can go on nevertheless."""
+        self._blocks.close()
+
+    def _inflate(self, number: int, span: Span, blob: bytes | memoryview) -> bytes | bytearray:
+        try:
+            match self._table.codec:
+                case Codec.GZIP:
+                    return _gzip(blob, span.size)
+                case Codec.ZSTD:
+                    return _zstd(blob, span.size)
+                case Codec.DEFLATE:
+                    return inflate_deflate(blob, span, self._table.window(number))
+                case Codec.PLAIN:
+                    return bytes(blob[: span.size])
+                case Codec.ZSTD_BLOCKS:
+                    return self._blocks.inflate(number, blob)
+        except (zlib.error, _ISAL_ERROR, zstandard.ZstdError, Starved) as error:
+            raise _wrong(span, f"can't be inflated ({error})") from None
 
 
 def are_members(blob: bytes) -> bool:
@@ -72,7 +105,7 @@ def are_members(blob: bytes) -> bool:
     return True
 
 
-def _check(span: Span, data: memoryview, digest: bytes) -> None:
+def _check(span: Span, data: bytes | memoryview, digest: bytes) -> None:
     found = hashlib.sha256(data).digest()
     if found != digest:
         raise _wrong(span, f"hash to sha256:{found.hex()} instead of sha256:{digest.hex()}")
@@ -83,21 +116,6 @@ def _wrong(span: Span, how: str) -> DigestMismatch:
         f"the bytes {span.start} to {span.end} of the layer {how}; the registry or the way to it "
         "is damaged or hostile"
     )
-
-
-def _inflate(table: SpanTable, number: int, span: Span, blob: bytes | memoryview) -> bytes:
-    try:
-        match table.codec:
-            case Codec.GZIP:
-                return _gzip(blob, span.size)
-            case Codec.ZSTD:
-                return _zstd(blob, span.size)
-            case Codec.DEFLATE:
-                return inflate_deflate(blob, span, table.window(number))
-            case Codec.PLAIN:
-                return bytes(blob[: span.size])
-    except (zlib.error, _ISAL_ERROR, zstandard.ZstdError) as error:
-        raise _wrong(span, f"can't be inflated ({error})") from None
 
 
 def _gzip(blob: bytes | memoryview, size: int) -> bytes:

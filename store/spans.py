@@ -1,9 +1,9 @@
 """Where the contents of a lazy layer's data file come from: its span table.
 
-A *span* is a range of the blob that can be inflated by itself; a *piece* is a part of the data
-file that comes out of one span. Spans cover the blob without gaps: what holds only tar headers,
-a table of contents or padding is a span without pieces. Pieces are sorted by their place in
-the data file, which is also the order of their spans.
+A *span* is a range of the blob that can be inflated by itself (or, where ``SpanTable.in_order``,
+after all before it); a *piece* is a part of the data file that comes out of one span. Spans cover
+the blob without gaps: what holds only tar headers, a table of contents or padding is a span without
+pieces. Pieces are sorted by their place in the data file, which is also the order of their spans.
 
 The file ``spans`` of a layer, little endian, made once and then only read, through a mapping,
 so that a process can serve many layers without their tables in its memory:
@@ -49,12 +49,13 @@ WINDOW = 32 << 10
 
 class Codec(IntEnum):
     """How the spans of a table are inflated: gzip members, zstd frames, raw deflate from a
-    recorded state on, or not at all."""
+    recorded state on, not at all, or zstd blocks, each of which needs those before it."""
 
     GZIP = 1
     ZSTD = 2
     DEFLATE = 3
     PLAIN = 4
+    ZSTD_BLOCKS = 5
 
 
 class Span(msgspec.Struct, gc=False):
@@ -62,9 +63,10 @@ class Span(msgspec.Struct, gc=False):
 
     ``size`` is how many bytes come out of it that somebody wants: inflating stops there.
     ``digest`` (32 bytes of SHA-256) is that of those bytes; all zeros where each piece has
-    its own. ``bits`` and ``lead`` are for DEFLATE: so many of the highest bits of the byte before
-    ``start``, whose value is ``lead``, belong to the span. ``first`` and ``count`` say which
-    pieces are its own.
+    its own. For ZSTD_BLOCKS it is that of the blob's bytes instead, so that they can be verified
+    before they are inflated. ``bits`` and ``lead`` are for DEFLATE: so many of the highest bits of
+    the byte before ``start``, whose value is ``lead``, belong to the span. ``first`` and ``count``
+    say which pieces are its own.
     """
 
     start: int
@@ -216,6 +218,7 @@ class SpanTable:
     Attributes:
         codec, blob_size, data_size, prefetch_end: see the head of the module.
         spans, pieces: their numbers.
+        in_order: a span can be inflated only after all before it.
 
     Raises:
         CorruptContent: the file is no such table, or cut short.
@@ -232,6 +235,7 @@ class SpanTable:
         if head[:2] != (MAGIC, VERSION) or head[2] not in set(Codec):
             raise self._corrupt()
         self.codec = Codec(head[2])
+        self.in_order = self.codec == Codec.ZSTD_BLOCKS
         self.blob_size: int = head[3]
         self.data_size: int = head[4]
         self.prefetch_end: int = head[5]
@@ -265,6 +269,10 @@ class SpanTable:
         """Whether a span has no pieces."""
         at = _HEAD.size + number * _SPAN.size + _COUNT_AT
         return self._map[at : at + 4] == b"\0\0\0\0"
+
+    def can_verify(self, number: int) -> bool:
+        """Whether a span's bytes can be verified before the whole blob is."""
+        return self.in_order or not self.is_empty(number)
 
     def window(self, number: int) -> bytes:
         """The history that span ``number`` starts from. Raises CorruptContent."""

@@ -1,46 +1,66 @@
-"""zstd blobs frame by frame (RFC 8878): the only places where such a blob can be entered."""
+"""zstd blobs block by block (RFC 8878)."""
 
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from store.errors import InvalidLayer
-from store.inflate import ZSTD_MAGIC, block_header, frame_header
+from store.inflate import ZSTD_MAGIC, block_header, frame_header, is_skippable
 
 _BLOCK_HEADER = 3
 
 
-def zstd_frames(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where each frame begins and ends in a file, skippable ones included.
+class ZstdPart(NamedTuple):
+    """Bytes ``start`` to ``end`` of a blob: a block, with the frame's header if it is the first and
+    its checksum if it is the last; or a whole skippable frame, which has no ``content``.
 
-    Only headers are read.
+    ``opens``: it begins a frame.
+    """
+
+    start: int
+    end: int
+    opens: bool
+    content: bool
+
+
+def zstd_parts(fd: int, size: int) -> Iterator[ZstdPart]:
+    """A file taken apart. Only headers are read.
 
     Args:
         fd: of the file.
         size: of the file.
 
     Raises:
-        InvalidLayer: the last one is cut off.
+        InvalidLayer: it is no such blob, or cut off.
     """
-    start = 0
-    while start < size:
-        end = _frame_end(fd, start)
-        if end > size:
-            raise _cut_off(size)
-        yield start, end
-        start = end
+    end = 0
+    while end < size:
+        for part in _frame(fd, end):
+            if part.end > size:
+                raise _cut_off(size)
+            yield part
+            end = part.end
 
 
-def _frame_end(fd: int, start: int) -> int:
-    if int.from_bytes(_read(fd, start, 4), "little") != ZSTD_MAGIC:
-        # A skippable frame; anything else fails when it is decompressed.
-        return start + 8 + int.from_bytes(_read(fd, start + 4, 4), "little")
+def _frame(fd: int, start: int) -> Iterator[ZstdPart]:
+    magic = int.from_bytes(_read(fd, start, 4), "little")
+    if is_skippable(magic):
+        end = start + 8 + int.from_bytes(_read(fd, start + 4, 4), "little")
+        yield ZstdPart(start, end, opens=True, content=False)
+        return
+    if magic != ZSTD_MAGIC:
+        raise InvalidLayer(
+            f"the layer's zstd stream is damaged after {start} bytes; "
+            "the image has to be built or pushed again"
+        )
     rest, checksum = frame_header(_read(fd, start + 4, 1)[0])
     position = start + 5 + rest
-    last = False
+    begin, last = start, False
     while not last:
         length, last = block_header(_read(fd, position, _BLOCK_HEADER))
-        position += _BLOCK_HEADER + length
-    return position + checksum
+        position += _BLOCK_HEADER + length + (checksum if last else 0)
+        yield ZstdPart(begin, position, opens=begin == start, content=True)
+        begin = position
 
 
 def _read(fd: int, offset: int, size: int) -> bytes:
@@ -55,17 +75,3 @@ def _cut_off(size: int) -> InvalidLayer:
         f"the layer's zstd stream is cut off after {size} bytes; "
         "the image has to be built or pushed again"
     )
-
-
-class Section:
-    """Bytes ``start`` to ``end`` of a file, to be read once."""
-
-    def __init__(self, fd: int, start: int, end: int) -> None:
-        self._fd = fd
-        self._position = start
-        self._end = end
-
-    def read(self, size: int) -> bytes:
-        data = os.pread(self._fd, min(size, self._end - self._position), self._position)
-        self._position += len(data)
-        return data

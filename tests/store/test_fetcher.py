@@ -1,43 +1,35 @@
 """Incomplete layers: each byte asked for once, verified, and kept, whatever the registry does."""
 
-import itertools
 import os
 import random
 import re
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 import trio
 
 from store import lazy
-from store.cas import Cas, Digest
-from store.config import LazyConfig, StoreConfig
+from store.cas import Digest
+from store.config import StoreConfig
 from store.errors import DigestMismatch, InvalidLayer, NotLazy, RegistryTimeout, StoreError
-from store.fetcher import AGAIN_SECONDS, Fetcher, Slots
+from store.fetcher import AGAIN_SECONDS
 from store.index import Entry
-from store.layers import Layer, Layers
 from store.lazy import LazyLayer, LazyRecord
-from store.lender import Lender
 from store.manifest import Descriptor
 from store.reference import parse_reference
 from store.registry import Registry as Source
 from tests.support import proxy as faults
+from tests.support.fetching import Place, asked, disjoint, finished, read_all
 from tests.support.layouts import GZIP, OciLayout, sha256
 from tests.support.proxy import Exchange, Proxy
 from tests.support.registry import Registry
 from tests.support.spans import CHUNK, HandMade, nobody_fills, take_all, with_other_times
 from tools.delay import Counter
 from tools.links import proxy as relay
-
-QUICK = LazyConfig(read_seconds=1.5)
 
 
 def noise(seed: int, size: int) -> bytes:
@@ -54,116 +46,10 @@ FILES = {
 }
 
 
-@dataclass
-class Place:
-    """A store with one incomplete layer, and how to fetch it."""
-
-    root: Path
-    made: HandMade
-    descriptor: Descriptor
-    reference: str
-    config: StoreConfig
-    failures: list[StoreError] = field(default_factory=list)
-    whole: int = 0
-
-    def __post_init__(self) -> None:
-        self.layers = Layers(self.root / "layers")
-        self.cas = Cas(self.root)
-
-    def add(
-        self,
-        known: Sequence[tuple[int, bytes]] = (),
-        fillable: Callable[[], None] = nobody_fills,
-    ) -> Layer:
-        """Make the incomplete layer."""
-        record = LazyRecord(self.descriptor, (f"docker://{self.reference}",))
-        return self.layers.add_lazy(Digest(self.made.diff_id), self.made, record, known, fillable)
-
-    def open_directory(self) -> Path:
-        """Where the layer is."""
-        layer = self.layers.get(Digest(self.made.diff_id))
-        assert layer is not None
-        return layer.directory
-
-    def open(self) -> LazyLayer:
-        """The layer as a server has it."""
-        layer = self.layers.get(Digest(self.made.diff_id)) or self.add()
-        return LazyLayer(layer.directory, layer.diff_id)
-
-    @asynccontextmanager
-    async def fetching(self, **changes: Any) -> AsyncIterator[Fetcher]:
-        """A fetcher, as after the start of a server."""
-        source = Source(parse_reference(self.reference), self.config)
-        settings = msgspec.structs.replace(QUICK, **changes)
-        opened: dict[str, LazyLayer] = {}
-        lender = Lender(self.root / "layers", self.cas, opened.get)
-        layer = self.open()
-        opened[layer.directory.name] = layer
-        try:
-            async with trio.open_nursery() as nursery:
-                yield Fetcher(
-                    layer,
-                    source,
-                    nursery,
-                    Slots(8),
-                    lender,
-                    settings,
-                    lambda _, error, reading: self.failures.append(error),
-                    self._count_whole,
-                )
-                nursery.cancel_scope.cancel()
-        finally:
-            source.close()
-            lender.close()
-            layer.close()
-
-    def _count_whole(self) -> None:
-        self.whole += 1
-
-
 @pytest.fixture
 def made() -> HandMade:
     """The layer of most tests."""
     return HandMade(FILES)
-
-
-@pytest.fixture
-def place(
-    tmp_path: Path,
-    made: HandMade,
-    layout: OciLayout,
-    registry: Registry,
-    proxy: Proxy,
-    config: StoreConfig,
-    request: pytest.FixtureRequest,
-) -> Place:
-    """An incomplete layer of an image that is in the registry, behind the proxy."""
-    blob = layout.blob(made.blob, GZIP)
-    name = "fetch/" + re.sub("[^a-z0-9]+", "-", request.node.name.lower()).strip("-")
-    registry.push(layout, layout.manifest([blob], [made.diff_id]), name, "v1")
-    descriptor = msgspec.convert(blob, Descriptor)
-    return Place(tmp_path / "root", made, descriptor, f"{proxy.host}/{name}:v1", config)
-
-
-def asked(proxy: Proxy) -> list[tuple[int, int]]:
-    """The byte ranges that were asked for, in order."""
-    found = []
-    for request in proxy.paths("/blobs/"):
-        start, end = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["Range"]).groups()  # type: ignore[union-attr]
-        found.append((int(start), int(end) + 1))
-    return found
-
-
-def disjoint(ranges: list[tuple[int, int]]) -> bool:
-    """No byte twice."""
-    ordered = sorted(ranges)
-    return all(a[1] <= b[0] for a, b in itertools.pairwise(ordered))
-
-
-async def read_all(fetcher: Fetcher, piece: int = 128 << 10) -> bytes:
-    """The data file from its beginning to its end."""
-    size = fetcher.layer.size
-    return b"".join([await fetcher.read(at, min(piece, size - at)) for at in range(0, size, piece)])
 
 
 async def test_what_is_read_is_fetched_once(place: Place, proxy: Proxy) -> None:
@@ -387,14 +273,6 @@ async def test_one_wrong_chunk_spoils_no_other(place: Place, proxy: Proxy) -> No
             await fetcher.bring(range(table.spans), limiter)
         missing = [n for n in range(table.spans) if not fetcher.layer.has(n)]
         assert missing == [table.span_at(spoiled)]
-
-
-async def finished(place: Place, fetcher: Fetcher) -> None:
-    """Bring the rest, verify and complete."""
-    limiter = trio.CapacityLimiter(1)
-    await fetcher.bring(range(fetcher.layer.table.spans), limiter, blob=True)
-    fetcher.layer.verify(lambda: False)
-    fetcher.layer.finish(place.cas)
 
 
 async def test_a_whole_layer_is_as_if_pulled_in_full(place: Place, proxy: Proxy) -> None:

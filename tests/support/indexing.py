@@ -8,7 +8,7 @@ from pathlib import Path
 from store.cas import Digest
 from store.index import Entry, read_index
 from store.layer_index import LayerIndex, build_index
-from store.span_inflate import inflate_pieces
+from store.span_inflate import Inflater
 from store.spans import SpanTable
 from store.unpack import LayerLimits, unpack_blob
 
@@ -39,6 +39,11 @@ def table_of(index: LayerIndex, directory: Path) -> SpanTable:
     return SpanTable(path)
 
 
+def inflater_of(table: SpanTable, blob: bytes) -> Inflater:
+    """For a layer all of which is here."""
+    return Inflater(table, lambda number: blob[slice(*table.range_of(number))])
+
+
 def unpacked(blob: bytes, archive: bytes, directory: Path) -> tuple[list[Entry], bytes]:
     """Entries and data file as the ordinary way gives them."""
     data, entries = directory / "data", directory / "index"
@@ -49,16 +54,18 @@ def unpacked(blob: bytes, archive: bytes, directory: Path) -> tuple[list[Entry],
 
 
 def read_spans(table: SpanTable, blob: bytes, directory: Path) -> bytes:
-    """The data file, filled by inflating all spans in random order."""
+    """The data file, filled by inflating all spans in random order, or in theirs."""
     path = directory / "lazy"
     path.unlink(missing_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     os.truncate(fd, table.data_size)
     numbers = list(range(table.spans))
-    random.Random(table.spans).shuffle(numbers)
+    inflater = inflater_of(table, blob)
+    if not table.in_order:
+        random.Random(table.spans).shuffle(numbers)
     for number in numbers:
         start, end = table.range_of(number)
-        for piece, content in inflate_pieces(table, number, memoryview(blob)[start:end]):
+        for piece, content in inflater.pieces(number, memoryview(blob)[start:end]):
             os.pwrite(fd, content, piece.target)
     os.close(fd)
     return path.read_bytes()

@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 
 from store.index import Entry, read_index
-from store.span_inflate import inflate_pieces
 from store.spans import SpanTable
 from store.toc import Toc, read_toc
 from store.unpack import LayerLimits, unpack_blob
+from tests.support.indexing import inflater_of
 from tests.support.lazy import LazyBlob
 
 LIMITS = LayerLimits()
@@ -34,12 +34,13 @@ def filled(toc: Toc, blob: LazyBlob, directory: Path) -> bytes:
     table = SpanTable(path)
     assert (table.blob_size, table.data_size) == (len(blob.data), toc.data_size)
     data = bytearray(toc.data_size)
+    inflater = inflater_of(table, blob.data)
     covered = 0
     for number in range(table.spans):
         start, end = table.range_of(number)
         assert start == covered
         covered = end
-        for piece, content in inflate_pieces(table, number, blob.data[start:end]):
+        for piece, content in inflater.pieces(number, blob.data[start:end]):
             assert not any(data[piece.target : piece.target + piece.size])
             data[piece.target : piece.target + piece.size] = content
     assert covered == len(blob.data)

@@ -5,12 +5,18 @@ import hashlib
 import io
 import stat
 import tarfile
+import tempfile
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import zstandard
 
 from store.index import Entry
 from store.lazy import LazyLayer
 from store.spans import Codec, Piece, Span, SpanWriter
-from tests.support.layouts import sha256
+from tests.support.indexing import index_of
+from tests.support.layouts import GZIP, ZSTD, sha256, tar_of
 
 CHUNK = 64 << 10
 
@@ -39,6 +45,7 @@ class HandMade:
     entries: list[Entry] = field(default_factory=list)
     data_size: int = 0
     is_large: bool = False
+    media_type: str = GZIP
 
     def __post_init__(self) -> None:
         archive, blob, data = bytearray(), bytearray(), bytearray()
@@ -81,6 +88,46 @@ class HandMade:
         for span, pieces in self._spans:
             writer.add(span, pieces)
         return writer
+
+
+def one_frame(archive: bytes) -> bytes:
+    """The archive as skopeo compresses it: a zstd frame that does not say how long it is."""
+    compressor = zstandard.ZstdCompressor(level=3, write_checksum=True).compressobj()
+    return compressor.compress(archive) + compressor.flush()
+
+
+def skippable(size: int) -> bytes:
+    """A zstd frame that holds nothing of the archive."""
+    return b"\x5e\x2a\x4d\x18" + size.to_bytes(4, "little") + bytes(size)
+
+
+class OneFrame:
+    """A zstd layer of one frame, which is too long to be a span: the files in it, and its index.
+
+    With the attributes of ``HandMade``.
+    """
+
+    media_type = ZSTD
+    is_large = False
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        archive = tar_of(files)
+        self.blob = one_frame(archive)
+        self.diff_id = sha256(archive)
+        with tempfile.TemporaryDirectory() as directory:
+            index = index_of(self.blob, archive, Path(directory))
+        self.format, self.entries, self.spans = index.format, index.entries, index.spans
+        self.data_size = index.data_size
+
+    @cached_property
+    def data(self) -> bytes:
+        """What the data file must hold in the end."""
+        data = bytearray(self.data_size)
+        for entry in self.entries:
+            content = self.files[entry.path.decode()]
+            data[entry.offset : entry.offset + entry.size] = content
+        return bytes(data)
 
 
 def take_all(layer: LazyLayer, blob: bytes) -> None:
