@@ -12,10 +12,11 @@ from pathlib import Path
 import msgspec
 import trio
 
+from runtime.fanotify import EventsTaken
 from runtime.layerserver import protocol
 from runtime.layerserver.server import LayerServer
 from store.config import StoreConfig
-from store.errors import CtrfsError
+from store.errors import CtrfsError, StoreInUse
 from tools import logs
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,10 @@ def main() -> int:
     try:
         config = msgspec.json.decode((Path(run) / protocol.CONFIG).read_bytes(), type=StoreConfig)
         trio.run(_serve, Path(root), Path(run), config)
+    except (EventsTaken, StoreInUse) as error:
+        # A daemon that was killed had just started another, which this one's did not see.
+        log.info("%s; one is enough", error.sentence)
+        return 1
     except CtrfsError as error:
         log.error("%s", error.sentence)
         return 1
