@@ -38,11 +38,12 @@ from tests.e2e.conftest import check_log
 from tests.support import lazy
 from tests.support import proxy as faults
 from tests.support.indexing import digest, index_of, table_of
-from tests.support.layouts import GZIP, OciLayout, compress, sha256, tar_of
+from tests.support.layouts import GZIP, ZSTD, OciLayout, compress, sha256, tar_of
 from tests.support.mount import Mount
 from tests.support.processes import parent
 from tests.support.proxy import Proxy
 from tests.support.registry import Registry
+from tests.support.spans import one_frame
 from tests.support.systemd import Systemd
 
 READ_SECONDS = 1.5
@@ -57,11 +58,11 @@ def noise(seed: int, size: int) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-def files(seed: int) -> dict[str, bytes]:
-    """A small image: a shell, large files, and many small ones."""
+def files(seed: int, large: int) -> dict[str, bytes]:
+    """A small image: a shell, large files of so many bytes, and many small ones."""
     busybox = Path("/bin/busybox").read_bytes()
     made = {"bin/": b"", "bin/busybox": busybox, "data/": b"", "data/empty": b""}
-    made |= {f"data/large{n}": noise(seed + n, 3_000_000 + n) for n in range(3)}
+    made |= {f"data/large{n}": noise(seed + n, large + n) for n in range(3)}
     made |= {f"data/small{n:03}": noise(seed + 100 + n, 50 * n + 1) for n in range(150)}
     return made
 
@@ -76,18 +77,18 @@ class Image:
         name: str,
         seed: int,
         write: Callable[..., lazy.LazyBlob] = lazy.estargz,
-        chunk_size: int = 256 << 10,
+        large: int = 3_000_000,
     ) -> None:
         self.name = name
-        self.files = files(seed)
+        self.files = files(seed, large)
         archive = tar_of(self.files)
-        layer = write(archive, chunk_size=chunk_size)
+        layer = write(archive, chunk_size=256 << 10)
         layout = OciLayout(directory / name)
         layout.blob(layer.data, layer.layer.media_type)
         descriptor = json.loads(msgspec.json.encode(layer.layer))
         container = {"Cmd": ["/bin/busybox", "sh"]}
         manifest = layout.manifest([descriptor], [layer.diff_id], container=container)
-        registry.push(layout, manifest, f"lazy/{name}", "v1")
+        self.reference = registry.push(layout, manifest, f"lazy/{name}", "v1")
         self.layer = layer.layer
         self.sums = "".join(
             f"{hashlib.sha256(data).hexdigest()}  {path}\n"
@@ -98,6 +99,20 @@ class Image:
     def at(self, host: str) -> str:
         """Its reference."""
         return f"{host}/lazy/{self.name}:v1"
+
+
+def one_frame_blob(archive: bytes, chunk_size: int) -> lazy.LazyBlob:
+    """An ordinary zstd layer, without a table of contents."""
+    blob = one_frame(archive)
+    return lazy.LazyBlob(blob, Descriptor(ZSTD, digest(blob), len(blob)), digest(archive), (0, 0))
+
+
+def ordinary_image(registry: Registry, directory: Path) -> Image:
+    """An image of one long zstd frame, and its index beside it in the registry."""
+    image = Image(registry, directory, "one-frame", 4, one_frame_blob, large=12_000_000)
+    command = [sys.executable, "-m", "tools.ctrfs", "index", f"docker://{image.reference}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return image
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +131,7 @@ def images(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> dict
             ),
         ),
         "zstd": Image(registry, directory, "zstd", 3, lazy.zstd_chunked),
+        "one frame": ordinary_image(registry, directory),
     }
 
 
@@ -188,7 +204,7 @@ SUMS = "cd /data && /bin/busybox sha256sum $(/bin/busybox ls) | /bin/busybox sed
 
 
 @pytest.mark.fill
-@pytest.mark.parametrize("kind", ["estargz", "packed", "zstd"])
+@pytest.mark.parametrize("kind", ["estargz", "packed", "zstd", "one frame"])
 def test_used_filled_and_cut_off(
     lazy_mount: Mount, images: dict[str, Image], front: Proxy, kind: str, method: str
 ) -> None:
@@ -360,10 +376,11 @@ def kill_layer_server(mount: Mount) -> None:
 
 
 @pytest.mark.logs("the layer server has died")
+@pytest.mark.parametrize("kind", ["packed", "one frame"])
 def test_the_layer_server_is_killed(
-    lazy_mount: Mount, images: dict[str, Image], front: Proxy, method: str
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy, method: str, kind: str
 ) -> None:
-    mount, image = lazy_mount, images["packed"]
+    mount, image = lazy_mount, images[kind]
     name = image.at(front.host)
     mount.pull(name)
     rootfs = mount.path / "images" / name / "rootfs"
@@ -404,9 +421,9 @@ def test_whichever_process_dies_no_wrong_byte_is_read(
     """20 containers checksum their files while processes are killed at random moments."""
     mount = lazy_mount
     chance = random.Random(7)
-    for kind in ("estargz", "zstd"):
+    for kind in THREE:
         mount.pull(images[kind].at(front.host))
-    kinds = {f"c{n}": ("estargz", "zstd")[n % 2] for n in range(20)}
+    kinds = {f"c{n}": THREE[n % 3] for n in range(20)}
     # Each with another order of files, so that there is always something to fetch.
     script = checksums("/bin/busybox sha256sum $f || echo failed")
     for name, kind in kinds.items():
@@ -438,6 +455,9 @@ def test_whichever_process_dies_no_wrong_byte_is_read(
         if method == "fanotify" and name != orphan:
             assert "failed" not in lines
             assert len(sums) == 154
+
+
+THREE = ("estargz", "zstd", "one frame")
 
 
 def checksums(command: str) -> str:
@@ -597,9 +617,9 @@ def test_any_processes_die_under_a_service_manager_and_no_wrong_byte_is_read(
     mount = Mount(tmp_path)
     mount.path = systemd.seen(mount.path)
     chance = random.Random(11)
-    for kind in ("estargz", "zstd"):
+    for kind in THREE:
         mount.pull(images[kind].at(front.host))
-    kinds = {f"c{n}": ("estargz", "zstd")[n % 2] for n in range(20)}
+    kinds = {f"c{n}": THREE[n % 3] for n in range(20)}
     script = checksums("/bin/busybox sha256sum $f >> /sums || echo failed >> /sums")
     for name, kind in kinds.items():
         mount.container(name, images[kind].at(front.host), "/bin/busybox", "sh", "-c", script)
