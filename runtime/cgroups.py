@@ -37,6 +37,16 @@ def hierarchies() -> tuple[Path, ...]:
 
 
 @cache
+def freezer() -> Path | None:
+    """Where the freezer of cgroup v1 is mounted. What it has frozen does not even die of SIGKILL
+    (admin-guide/cgroup-v1/freezer-subsystem.rst), as it does with cgroup v2."""
+    for mount in linux.mounts():
+        if mount.fstype == "cgroup" and mount.root == "/" and "freezer" in mount.options.split(","):
+            return Path(mount.target)
+    return None
+
+
+@cache
 def layout() -> Layout:
     """Which versions this machine has mounted where OCI runtimes look."""
     kinds = {m.target: m.fstype for m in linux.mounts() if m.fstype in ("cgroup", "cgroup2")}

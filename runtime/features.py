@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import fanotify, linux, notify
+from runtime import fanotify, keeper, linux, notify
 from runtime.cgroups import layout
 from runtime.config import RuntimeConfig
 from runtime.errors import RuntimeFailure
@@ -80,7 +80,7 @@ def _checks(config: RuntimeConfig, place: Path) -> list[Check]:
         _erofs(place, "EROFS from loop devices", mount_loop, required=not from_files.ok),
         _overlay(place),
         _pre_content(place),
-        _service_manager(),
+        _holder(),
         _cgroups(),
         _seccomp(),
         _program(config.conmon, required=True),
@@ -194,13 +194,18 @@ def _pre_content(place: Path) -> Check:
     )
 
 
-def _service_manager() -> Check:
-    ok = notify.is_managed()
+def _holder() -> Check:
+    if notify.is_managed():
+        found = "the service manager"
+    elif keeper.can_freeze():
+        found = "a frozen process"
+    else:
+        found = ""
     return Check(
-        "service manager",
-        ok,
+        "holder of waiting readers",
+        bool(found),
         False,
-        "runs this process" if ok else "does not run this process",
+        found or "processes that can be killed",
         "run ctrfs as a service of systemd: else, if all processes that serve incomplete layers"
         " with fanotify are killed at once, whoever reads on gets zeros until the next mount",
     )

@@ -5,24 +5,49 @@ A group lives as long as any process has its descriptor (fanotify.py). A keeper 
 are its own. A conmon that inherits both holds them just as well, and so does the service
 manager to which they were sent (notify.py). Holders need not know that they are: they are
 found by the name of the memory file, and their descriptors are duplicated with pidfd_getfd(2).
+
+Without a service manager all holders could be killed at once, and then holes read as zeros. So a
+keeper is frozen where that makes it immortal: with cgroup v1. It ends when it is thawed.
 """
 
 import errno
+import logging
 import os
 import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from runtime import linux
+from runtime import linux, notify
+from runtime.cgroups import Cgroup, freezer
 from runtime.errors import RuntimeFailure
 from runtime.fanotify import CLASS_PRE_CONTENT, PreContentGroup
 from runtime.oci import find_program
 from runtime.processes import command_line, identify
 
+log = logging.getLogger(__name__)
 
-def start(group: PreContentGroup) -> int:
+# PROC_PID_INIT_INO (include/linux/proc_ns.h)
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC
+
+
+def can_freeze() -> bool:
+    """Whether keepers are frozen, so that nobody can kill them.
+
+    Not below a service manager, which holds the group better and has to be able to end what it
+    has started; nor in a container, which could not end with such a process in it.
+    """
+    top = freezer()
+    in_container = os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE
+    managed = notify.is_managed()
+    return top is not None and os.access(top, os.W_OK) and not in_container and not managed
+
+
+def start(group: PreContentGroup, name: str) -> int:
     """Start a keeper, which stays until somebody ends it. Blocks shortly.
+
+    Args:
+        name: of the group's memory file.
 
     Returns:
         Its process id. It is no child of this process.
@@ -42,7 +67,22 @@ def start(group: PreContentGroup) -> int:
     )
     if started.returncode:
         raise RuntimeFailure(f"cannot start a process: {started.stderr.decode().strip()}")
-    return int(started.stdout)
+    pid = int(started.stdout)
+    if can_freeze():
+        try:
+            _freeze(pid, name)
+        except OSError as error:
+            log.warning("the keeper %d can be killed, since it can't be frozen: %s", pid, error)
+    return pid
+
+
+def _freeze(pid: int, name: str) -> None:
+    top = freezer()
+    assert top is not None
+    directory = top / name
+    directory.mkdir(exist_ok=True)
+    (directory / "cgroup.procs").write_text(str(pid))
+    (directory / "freezer.state").write_text("FROZEN")
 
 
 def stop(name: str) -> None:
@@ -51,6 +91,7 @@ def stop(name: str) -> None:
         process = identify(pid)
         if process and _is_keeper(pid):
             process.send(signal.SIGKILL)
+    Cgroup(name).destroy()
 
 
 def is_there(name: str) -> bool:

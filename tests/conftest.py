@@ -13,6 +13,7 @@ from typing import get_args
 import pytest
 
 from runtime import keeper, linux
+from runtime.cgroups import Cgroup
 from runtime.layerserver.fanotify_serving import group_name
 from tests.support import method
 from tools.options import run_directory
@@ -92,5 +93,7 @@ def _left(places: tuple[str, ...]) -> list[str]:
 
 
 def _keepers(runs: list[Path]) -> list[str]:
-    """Processes that hold the events of layers, which say nothing about themselves."""
-    return [f"keeper {pid} of {run}" for run in runs for pid in keeper.find(group_name(run))]
+    """Processes that hold the events of layers, which say nothing about themselves, and their
+    cgroups."""
+    left = [f"keeper {pid} of {run}" for run in runs for pid in keeper.find(group_name(run))]
+    return left + [f"cgroup of {run}" for run in runs if Cgroup(group_name(run)).exists()]

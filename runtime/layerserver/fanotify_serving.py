@@ -76,7 +76,7 @@ class FanotifyServing:
         self._is_new = found is None
         self._group = found or PreContentGroup.create(_SLOTS, group_name(run))
         if not keeper.is_there(group_name(run)):
-            keeper.start(self._group)
+            keeper.start(self._group, group_name(run))
 
     @property
     def in_use(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from runtime import keeper, linux
 from runtime.fanotify import Event, EventsTaken, FileId, PreContentGroup, open_unwatched
+from runtime.layerserver.fanotify_serving import group_name
 from runtime.processes import identify
 from runtime.rootfs import mount_file
 from store.cas import digest_of
@@ -36,7 +37,7 @@ class Incomplete:
 
     def __init__(self, place: Path, layers: list[dict[str, bytes]]) -> None:
         self.place = place
-        self.name = f"ctrfs-test-{place}"
+        self.name = group_name(place)
         self.contents = layers
         self.data = [place / f"data{number}" for number in range(len(layers))]
         self.mounts = [place / f"mount{number}" for number in range(len(layers))]
@@ -135,6 +136,7 @@ class Incomplete:
 
     def close(self) -> None:
         """End all holders and unmount."""
+        keeper.stop(self.name)
         for pid in keeper.find(self.name):
             kill(pid)
         for target in self.mounts:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import keeper
+from runtime import cgroups, keeper
+from runtime.cgroups import hierarchies
 from runtime.errors import Unsupported
 from runtime.fanotify import EventsTaken, PreContentGroup, available
 from tests.runtime.incomplete import (
@@ -293,7 +294,7 @@ def server(layers: Incomplete) -> Iterator[Server]:
             group = PreContentGroup.create(SLOTS, layers.name)
             layers.mark(group)
             layers.mount()
-            keeper.start(group)
+            keeper.start(group, layers.name)
             os.write(tell, b"x")
             then(group)
 
@@ -453,8 +454,8 @@ def test_without_a_holder_holes_are_read_as_zeros(layers: Incomplete, server: Se
     assert waits(reader)
     kill(victim)
     assert waits(reader)
-    for pid in keeper.find(layers.name):
-        kill(pid)
+    keeper.stop(layers.name)
+    assert keeper.find(layers.name) == []
     assert not succeeded(reader)
     path = layers.mounts[1] / "a"
     assert succeeded(fork(lambda: path.read_bytes() == bytes(SIZE)))
@@ -465,15 +466,50 @@ def test_without_a_holder_holes_are_read_as_zeros(layers: Incomplete, server: Se
 
 def test_a_keeper_is_small_and_found(layers: Incomplete) -> None:
     group = PreContentGroup.create(SLOTS, layers.name)
-    pid = keeper.start(group)
+    pid = keeper.start(group, layers.name)
     assert keeper.find(layers.name) == [pid]
     assert keeper.find(layers.name + "x") == []
     memory = Path(f"/proc/{pid}/smaps_rollup").read_text().split()
     assert int(memory[memory.index("Pss:") + 1]) < 1000  # KiB
     group.close()
     assert keeper.find(layers.name) == [pid]
-    kill(pid)
+    keeper.stop(layers.name)
+    assert keeper.find(layers.name) == []
     assert keeper.take(pid, layers.name) is None
+
+
+def test_a_keeper_that_is_frozen_cannot_be_killed(layers: Incomplete, server: Server) -> None:
+    victim = server(lambda _: signal.pause())
+    reader = reads(layers, 0, "a")
+    assert waits(reader)
+    kill(victim)
+    (pid,) = keeper.find(layers.name)
+    frozen = [top / layers.name for top in hierarchies() if (top / layers.name).exists()]
+    assert bool(frozen) == keeper.can_freeze() == (cgroups.freezer() is not None)
+    os.kill(pid, signal.SIGKILL)
+    if not frozen:  # with cgroup v2 alone nothing keeps a process from being killed
+        assert not succeeded(reader)
+        return
+    assert waits(reader)
+    group = layers.take()
+    with layers.served(group):
+        assert succeeded(reader)
+    group.close()
+    keeper.stop(layers.name)
+    assert keeper.find(layers.name) == []
+    assert not frozen[0].exists()
+
+
+def test_no_keeper_is_frozen_below_a_service_manager(
+    layers: Incomplete, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has to be able to end what it has started."""
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    group = PreContentGroup.create(SLOTS, layers.name)
+    pid = keeper.start(group, layers.name)
+    group.close()
+    kill(pid)
+    assert keeper.find(layers.name) == []
 
 
 def test_a_holder_that_opens_and_closes_other_files_is_found(layers: Incomplete) -> None:
