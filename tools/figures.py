@@ -23,6 +23,7 @@ from tools.sides import (
     Containerd,
     Ctrfs,
     Run,
+    cached,
     drop_caches,
     memory,
     overlay,
@@ -134,6 +135,38 @@ def _in_tree(tree: Path, command: str, cold: bool = False) -> float:
     if cold:
         drop_caches()
     return timed(lambda: subprocess.run(["sh", "-c", command], cwd=tree, check=True))
+
+
+def page_cache(comparison: Comparison, case: Case) -> None:
+    """Memory that files take after all of an image has been read once: while it is fetched, and
+    when it is complete, beside overlayfs over the unpacked tree."""
+    lazily: list[float] = []
+    complete: list[float] = []
+    others: list[float] = []
+    for _ in range(comparison.rounds if comparison.ours else 0):
+        with comparison.link(case) as link:
+            ctrfs = comparison.ctrfs(link.host, case.size, link.client)
+            with ctrfs.running():
+                ctrfs.pull()
+                container = ctrfs.mount / "containers" / ctrfs.start("sleep", "100000")
+                tree = Path(os.readlink(container / "rootfs"))
+                lazily.append(_kept_of(tree))
+                ctrfs.wait_filled()
+                complete.append(_kept_of(tree))
+    if comparison.others:
+        with overlay(shelf.tree(case.size), comparison.directory) as tree:
+            others = [_kept_of(tree) for _ in range(comparison.rounds)]
+    for how, ours in (("complete", complete), ("while fetched", lazily)):
+        what = f"page cache of all files, {how} (overlayfs)"
+        comparison.add(case, what, ours, others, unit="MB")
+
+
+def _kept_of(tree: Path) -> float:
+    """MB that the page cache has grown by when all files below a directory have been read."""
+    drop_caches()
+    before = cached()
+    _in_tree(tree, READ_ALL)
+    return (cached() - before) / MB
 
 
 def fetched(comparison: Comparison, case: Case) -> None:
@@ -286,6 +319,7 @@ FIGURES: dict[str, Figure] = {
     "numpy": numpy,
     "read-all": read_all,
     "again": again,
+    "cache": page_cache,
     "bytes": fetched,
     "disk": disk,
     "convert": convert,

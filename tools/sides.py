@@ -279,6 +279,12 @@ def memory(pid: int, field: str) -> int:
     return int(status.split(f"{field}:")[1].split()[0]) << 10
 
 
+def cached() -> int:
+    """Bytes of files that the kernel has in memory."""
+    values = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(values[name].split()[0]) << 10 for name in ("Cached", "Buffers"))
+
+
 class Containerd:
     """A containerd on a private root.
 
