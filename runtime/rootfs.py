@@ -2,6 +2,7 @@
 
     <run>/layers/<key>              a layer's EROFS image, mounted once, read-only
     <run>/layers/<key>.f            the same while its contents come through the layer server
+    <run>/data/<key>                a link to the file with a mounted layer's contents
     <run>/empty                     the lower directory of images that have no layer
     <run>/containers/<uid>/rootfs   a container's overlay
 
@@ -23,6 +24,7 @@ import msgspec
 from runtime import linux
 from runtime.errors import ContainerBusy, MountFailed, Unsupported
 from runtime.layerserver.protocol import Device
+from store import lazy
 from store.cas import Digest
 from store.erofs import lacks_acls
 from store.layers import LayerImage
@@ -70,12 +72,13 @@ class Rootfs:
         devices: Callable[[Digest], Device] | None = None,
     ) -> None:
         self._layers = run / "layers"
+        self._data = run / "data"
         self._empty = run / "empty"
         self._containers = run / "containers"
         self._method: Method | None = method
         self._devices = devices
         self._lock = threading.Lock()
-        for directory in (run, self._layers, self._empty, self._containers):
+        for directory in (run, self._layers, self._data, self._empty, self._containers):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         # The view of an empty image shows this directory's own attributes.
         self._empty.chmod(0o755)
@@ -100,6 +103,9 @@ class Rootfs:
             if not linux.is_mountpoint(str(target)):
                 target.mkdir(mode=0o700, exist_ok=True)
                 self._mount_layer(image, str(target))
+                if image.data and not served:
+                    with suppress(FileExistsError):
+                        (self._data / target.name).symlink_to(image.data)
         return target
 
     def _with_device(self, image: LayerImage) -> tuple[LayerImage, bool]:
@@ -161,7 +167,17 @@ class Rootfs:
                         # Detached, because whoever looks at all mounts of the machine (df, a
                         # monitoring agent) makes a plain umount fail for that moment.
                         linux.umount(mount.target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+                        (self._data / path.name).unlink(missing_ok=True)
                         path.rmdir()
+
+    def release_copies(self) -> None:
+        """Let the kernel forget what it has read of the files with layers' contents: EROFS keeps in
+        memory what it reads of them. Those of incomplete layers are still to be written."""
+        for link in self._data.iterdir():
+            path = Path(os.path.realpath(link))
+            with suppress(FileNotFoundError):
+                if lazy.is_complete(path.parent):
+                    _release(path)
 
     # --- merged trees ----------------------------------------------------------------
 
@@ -276,6 +292,14 @@ class Rootfs:
     def close(self) -> None:
         """Unmount what no running container needs. Others that are in use stay, too."""
         self.unmount_unused_layers()
+
+
+def _release(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
 def mount_file(image: LayerImage, target: str) -> None:

@@ -27,6 +27,9 @@ from tools.options import Options
 
 log = logging.getLogger(__name__)
 
+# What the kernel has read ahead it forgets as well, so not all the time.
+_RELEASE_SECONDS = 2.0
+
 
 def run(options: Options, ready: Callable[[], None], level: str, *, background: bool) -> None:
     """Serve the tree at ``options.mountpoint`` until SIGTERM or SIGINT, or until it is
@@ -94,6 +97,7 @@ async def _serve(
                 ),
             )
             nursery.start_soon(indexer.run)
+            nursery.start_soon(_release_copies, rootfs)
             await client.wait_until_up()
             starting.close()
             stop = trio.Event()
@@ -108,6 +112,12 @@ async def _serve(
             await trio.to_thread.run_sync(rootfs.close)
             await client.end()
             await trio.to_thread.run_sync(store.close)
+
+
+async def _release_copies(rootfs: Rootfs) -> None:
+    while True:
+        await trio.sleep(_RELEASE_SECONDS)
+        await trio.to_thread.run_sync(rootfs.release_copies)
 
 
 async def _stop_on_signal(stop: trio.Event) -> None:

@@ -204,6 +204,34 @@ def test_unused_layers_are_unmounted_and_used_ones_are_not(stack: Stack) -> None
     assert list((stack.run / "layers").iterdir()) == []
 
 
+def test_what_was_read_is_in_memory_once(stack: Stack) -> None:
+    (image,) = stack.images(BASE)
+    assert image.data
+    stack.rootfs.image_view((image,), str(stack.target))
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    assert (stack.target / "big").read_bytes() == b"0123456789" * 100_000
+    assert cached(image.data) > 900_000
+    present = image.data.with_name("present")
+    present.touch()  # while a layer is incomplete, the layer server writes to the file
+    Rootfs(stack.run, None).release_copies()
+    assert cached(image.data) > 900_000
+    present.unlink()
+    Rootfs(stack.run, None).release_copies()  # as of the next process
+    assert cached(image.data) == 0
+    assert (stack.target / "big").read_bytes() == b"0123456789" * 100_000
+    assert cached(image.data) == 0
+    stack.rootfs.unmount_view(str(stack.target))
+    stack.rootfs.close()
+    assert os.listdir(stack.run / "data") == []
+
+
+def cached(path: Path) -> int:
+    """Bytes of a file that are in memory."""
+    command = ["fincore", "--bytes", "--noheadings", "--output", "RES", str(path)]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
 def test_the_next_process_goes_on_with_what_is_mounted(stack: Stack) -> None:
     images = stack.images(BASE, TOP)
     root = stack.rootfs.container("c1", images, stack.upper, stack.work)
