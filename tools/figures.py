@@ -23,7 +23,6 @@ from tools.sides import (
     READ_ALL,
     Containerd,
     Ctrfs,
-    Run,
     cached,
     drop_caches,
     memory,
@@ -54,32 +53,29 @@ Figure = Callable[[Comparison, Case], None]
 def first_line(comparison: Comparison, case: Case) -> None:
     """Name to the first line of output, everything cold."""
     limit = 0.05 if case.link == "slow" else 0.08
-    _cold_runs(comparison, case, "name to first line, print(1)", PRINT, limit, _first_line)
-
-
-def _first_line(run: Run) -> float:
-    assert run.first_line is not None
-    return run.first_line
+    what = "name to first line, print(1)"
+    _cold_runs(comparison, case, what, limit, lambda side: side.to_first_line(*PRINT))
 
 
 def numpy(comparison: Comparison, case: Case) -> None:
     """Name to the end of an import, everything cold."""
-    _cold_runs(comparison, case, "name to end of import numpy", NUMPY, 0.12)
+    what = "name to end of import numpy"
+    _cold_runs(comparison, case, what, 0.12, lambda side: side.to_end(*NUMPY))
 
 
 def read_all(comparison: Comparison, case: Case) -> None:
     """Name to the end of a container that has read every file once."""
     command = ("sh", "-c", f"cd / && {READ_ALL}")
-    _cold_runs(comparison, case, "name to end of reading every file", command, 0.6)
+    what = "name to end of reading every file"
+    _cold_runs(comparison, case, what, 0.6, lambda side: side.to_end(*command))
 
 
 def _cold_runs(
     comparison: Comparison,
     case: Case,
     what: str,
-    command: tuple[str, ...],
     limit: float,
-    moment: Callable[[Run], float] = lambda run: run.end,
+    run: Callable[[Ctrfs | Containerd], float],
 ) -> None:
     """From a name to some moment of a container's life, beside containerd, in turns."""
     ours: list[float] = []
@@ -87,19 +83,17 @@ def _cold_runs(
     with comparison.link(case) as link:
         for _ in range(comparison.rounds):
             if comparison.ours:
-                ctrfs = comparison.ctrfs(link.host, case.size, link.client)
-                ours.append(moment(_cold_run(ctrfs, command)))
+                ours.append(_cold(run, comparison.ctrfs(link.host, case.size, link.client)))
             if comparison.others:
-                containerd = comparison.containerd(link.host, case.size, link.client)
-                others.append(moment(_cold_run(containerd, command)))
+                others.append(_cold(run, comparison.containerd(link.host, case.size, link.client)))
     comparison.add(case, what, ours, others, limit)
 
 
-def _cold_run(side: Ctrfs | Containerd, command: tuple[str, ...]) -> Run:
+def _cold(run: Callable[[Ctrfs | Containerd], float], side: Ctrfs | Containerd) -> float:
     """Run a container with nothing here: no image, and nothing in the page cache."""
     with side.running():
         drop_caches()
-        return side.run(*command)
+        return run(side)
 
 
 def again(comparison: Comparison, case: Case) -> None:
@@ -189,7 +183,7 @@ def fetched(comparison: Comparison, case: Case) -> None:
                 ctrfs = comparison.ctrfs(host, case.size, link.client)
                 with ctrfs.running():
                     drop_caches()
-                    ctrfs.run(*PRINT)
+                    ctrfs.to_first_line(*PRINT)
                     received.append(Counter(count).received / MB)
                     requests.append(link.requests() - before)
             count.unlink()

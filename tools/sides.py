@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +58,6 @@ def overlay(tree: Path, directory: Path) -> Iterator[Path]:
             yield plain / "merged"
         finally:
             linux.umount(str(plain / "merged"))
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One container from its image's name to its end, in seconds.
-
-    Attributes:
-        first_line: until its first line of output could be read; None: it had none.
-        end: until its exit code was read.
-    """
-
-    first_line: float | None
-    end: float
 
 
 class Ctrfs:
@@ -210,23 +196,32 @@ class Ctrfs:
         self.write(f"containers/{name}/state", "start")
         return name
 
-    def run(self, *args: str) -> Run:
-        """From the name of an image that may not be here to the end of a container."""
+    def to_first_line(self, *args: str) -> float:
+        """Seconds from the name of an image that may not be here to a line of a container, which
+        then ends."""
         begun = time.perf_counter()
         self.pull()
         name = self.start(*args)
-        container = self.mount / "containers" / name
-
-        def end() -> tuple[str, float]:
-            return (container / "wait").read_text(), time.perf_counter()
-
         with ThreadPoolExecutor(1) as pool:
-            ending = pool.submit(end)
+            ending = pool.submit(self._wait, name)
             line = self.first_line(name, ending.done)
-            code, ended = ending.result()
+            ending.result()
+        if line is None:
+            raise RuntimeError("the container has printed nothing")
+        return line - begun
+
+    def to_end(self, *args: str) -> float:
+        """Seconds from the name of an image that may not be here to the end of a container."""
+        begun = time.perf_counter()
+        self.pull()
+        self._wait(self.start(*args))
+        return time.perf_counter() - begun
+
+    def _wait(self, name: str) -> None:
+        container = self.mount / "containers" / name
+        code = (container / "wait").read_text()
         if code != "0\n":
             raise RuntimeError(f"exit code {code}{(container / 'log').read_text()}")
-        return Run(line - begun if line else None, ended - begun)
 
     def first_line(self, name: str, ended: Callable[[], bool]) -> float | None:
         """When there is a line in a container's `log`, as `tail -f` sees it; None: it ended."""
@@ -342,21 +337,31 @@ class Containerd:
         """Pull the image in full and unpack it."""
         run(*self.ctr(), "images", "pull", "--plain-http", self.image)
 
-    def run(self, *args: str) -> Run:
-        """From the name of an image that may not be here to the end of a container."""
+    def to_first_line(self, *args: str) -> float:
+        """As for ctrfs."""
+        line, _ = self._run(args)
+        return line
+
+    def to_end(self, *args: str) -> float:
+        """As for ctrfs."""
+        _, end = self._run(args)
+        return end
+
+    def _run(self, args: tuple[str, ...]) -> tuple[float, float]:
+        """Seconds to the first line, or the end of output, and to the end."""
         self.serial += 1
         begun = time.perf_counter()
         self.pull()
         command = [*self.ctr(), "run", "--rm", self.image, f"bench-{self.serial}", *args]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
-            line = process.stdout.readline()
-            first_line = time.perf_counter() - begun
+            process.stdout.readline()
+            line = time.perf_counter() - begun
             process.communicate()
         end = time.perf_counter() - begun
         if process.returncode:
             raise RuntimeError(f"ctr run: exit code {process.returncode}")
-        return Run(first_line if line else None, end)
+        return line, end
 
     def true(self) -> None:
         """`ctr run --rm IMAGE true`."""
