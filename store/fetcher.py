@@ -318,7 +318,7 @@ class Fetcher:
 
     def _request(self, spans: range, limiter: trio.CapacityLimiter, *, blob: bool = False) -> None:
         """Ask for what is neither here nor on its way, in as few requests as possible."""
-        spans = self._possible(spans)
+        spans = self._needed(spans)
         is_here = self._is_here(blob)
         run: dict[int, _Pending] = {}
         for number in spans:
@@ -351,8 +351,8 @@ class Fetcher:
                 if self._pending.get(number) is pending:
                     self._settle(number, error)
 
-    def _possible(self, spans: range) -> range:
-        """The spans to ask for if these are wanted."""
+    def _needed(self, spans: range) -> range:
+        """The spans that have to come if these are wanted."""
         if self.layer.table.in_order:
             return range(self.layer.next_absent(0), spans.stop)
         return spans
@@ -391,7 +391,7 @@ class Fetcher:
             self._moved += 1
 
         def work() -> None:
-            for wanted in self._without_borrowed(self._possible(spans), blob):
+            for wanted in self._without_borrowed(self._needed(spans), blob):
                 start = self.layer.table.range_of(wanted[0])[0]
                 end = self.layer.table.range_of(wanted[-1])[1]
                 stream = self._source.open_blob(self.layer.record.blob, start, end - start)

@@ -14,7 +14,7 @@ from isal import isal_zlib
 from store.errors import DigestMismatch
 from store.inflate import ZSTD_WINDOW
 from store.spans import Codec, Piece, Span, SpanTable
-from store.zstd_blocks import Starved, ZstdBlocks
+from store.zstd_blocks import NotAsTold, ZstdBlocks
 
 _UNSET = bytes(32)
 
@@ -85,7 +85,7 @@ class Inflater:
                     return bytes(blob[: span.size])
                 case Codec.ZSTD_BLOCKS:
                     return self._blocks.inflate(number, blob)
-        except (zlib.error, _ISAL_ERROR, zstandard.ZstdError, Starved) as error:
+        except (zlib.error, _ISAL_ERROR, zstandard.ZstdError, NotAsTold) as error:
             raise _wrong(span, f"can't be inflated ({error})") from None
 
 

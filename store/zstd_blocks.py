@@ -18,8 +18,8 @@ from store.spans import SpanTable
 _READ = 1 << 20
 
 
-class Starved(Exception):
-    """Bytes give less than they should, or something before them is missing."""
+class NotAsTold(Exception):
+    """Bytes give less than the table says, or more; or something before them is missing."""
 
 
 class ZstdBlocks:
@@ -51,7 +51,7 @@ class ZstdBlocks:
             blob: its bytes, verified.
 
         Raises:
-            ZstdError, Starved: they do not inflate to that.
+            ZstdError, NotAsTold: they do not inflate to that.
         """
         with self._lock:
             try:
@@ -60,10 +60,10 @@ class ZstdBlocks:
                 while self._number < number:
                     before = self._read_blob(self._number)
                     if before is None:
-                        raise Starved(f"span {self._number}, which is before them, is missing")
+                        raise NotAsTold(f"span {self._number}, which is before them, is missing")
                     self._next(before)
                 return self._next(blob)
-            except (zstandard.ZstdError, Starved):
+            except (zstandard.ZstdError, NotAsTold):
                 self.close()
                 raise
 
@@ -78,6 +78,9 @@ class ZstdBlocks:
         view = memoryview(inflated)
         while view:
             view = view[self._reader.readinto(view) :]
+        # Behind what comes out there may be something that gives nothing, until the next span.
+        if len(self._source.rest) > len(blob):
+            raise NotAsTold("those before them give more than they should")
         self._number += 1
         return inflated
 
@@ -90,6 +93,6 @@ class _Source:
 
     def read(self, size: int) -> bytes:
         if not self.rest:
-            raise Starved("they are too few")
+            raise NotAsTold("they are too few")
         piece, self.rest = self.rest[:size], self.rest[size:]
         return piece

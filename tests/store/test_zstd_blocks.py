@@ -197,6 +197,25 @@ def test_a_table_that_wants_more_than_comes_out(more: int, tmp_path: Path) -> No
     table.close()
 
 
+def test_a_table_that_wants_less_than_comes_out(made: OneFrame, tmp_path: Path) -> None:
+    """What is not taken must not pile up in memory."""
+    blob = made.blob
+    with (tmp_path / "spans").open("wb") as file:
+        writer = SpanWriter(Codec.ZSTD_BLOCKS, len(blob))
+        step = 4 * MIB
+        for target, start in enumerate(range(0, len(blob), step)):
+            part = blob[start : start + step]
+            digest = hashlib.sha256(part).digest()
+            writer.add(Span(start, start + len(part), 10, digest), [Piece(10 * target, 10)])
+        writer.write(file, 10 * target + 10)
+    table = SpanTable(tmp_path / "spans")
+    inflater = inflater_of(table, blob)
+    assert len(list(inflater.pieces(0, blob[:step]))) == 1
+    with pytest.raises(DigestMismatch, match="give more"):
+        list(inflater.pieces(1, blob[step : 2 * step]))
+    table.close()
+
+
 # --- fetching -----------------------------------------------------------------------------
 
 
