@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import re
+import signal
 import struct
 import threading
 from collections.abc import Callable
@@ -245,3 +246,20 @@ def unescape(text: str) -> str:
 def escape(text: str) -> str:
     r"""The reverse of unescape()."""
     return re.sub(r"[ \t\n\\#]", lambda match: f"\\{ord(match[0]):03o}", text)
+
+
+def is_open_elsewhere(descriptor: int) -> bool:
+    """Whether a file is open by another open(2) than this one, as by a mount whose device it is:
+    also one that is detached and still in use, which is to be seen nowhere.
+
+    The kernel gives a write lease only where it is not (fcntl(2), F_SETLEASE). Where it gives none,
+    as on some network filesystems, nobody is known to have it open.
+    """
+    # Whoever opens it just now waits for that moment, and we are told with a signal.
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False

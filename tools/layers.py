@@ -38,7 +38,8 @@ def client(options: Options, store: Store, level: str, *, background: bool) -> L
     # -P: nothing is imported from the directory that the daemon was started in.
     command = [sys.executable, "-P", "-m", "tools.layerserver", str(options.root), str(options.run)]
     command += [level, *(["log"] if background else [])]
-    return LayerClient(options.run, store.config, command, silent=background)
+    directory = options.root / "layers"
+    return LayerClient(options.run, directory, store.config, command, silent=background)
 
 
 class Follower:

@@ -17,7 +17,7 @@ import trio
 
 from runtime import keeper, notify
 from runtime.layerserver import protocol, rundir
-from runtime.layerserver.fanotify_serving import any_mounted, group_name
+from runtime.layerserver.fanotify_serving import any_left, group_name
 from runtime.layerserver.protocol import (
     Answer,
     Configure,
@@ -69,15 +69,23 @@ class LayerClient:
 
     Args:
         run: the server's run directory.
+        layers: the directory of all layers.
         config: the store's settings.
         command: starts a server.
         silent: it must not keep our standard error open, for whose end somebody waits.
     """
 
     def __init__(
-        self, run: Path, config: StoreConfig, command: Sequence[str], *, silent: bool = False
+        self,
+        run: Path,
+        layers: Path,
+        config: StoreConfig,
+        command: Sequence[str],
+        *,
+        silent: bool = False,
     ) -> None:
         self._run = run
+        self._layers = layers
         self._config = config
         self._command = command
         self._stderr = subprocess.DEVNULL if silent else None
@@ -285,7 +293,7 @@ class LayerClient:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_SECONDS)
                 rundir.tidy(self._run)
-                if not any_mounted(self._run):  # it may have been killed before
+                if not any_left(self._run, self._layers):  # it may have been killed before
                     keeper.stop(group_name(self._run))
         while (self._run / protocol.PID_FILE).exists() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)

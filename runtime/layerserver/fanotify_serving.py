@@ -11,6 +11,7 @@ well, so this process may be killed: readers wait for the next one.
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -55,6 +56,25 @@ def any_mounted(run: Path) -> bool:
     return any(Path(mount.target).parent == run / "layers" for mount in mounts)
 
 
+def any_left(run: Path, layers: Path) -> bool:
+    """Whether an incomplete layer may still be read, by what is in its directory.
+
+    Args:
+        layers: the directory of all layers.
+    """
+    return any_mounted(run) or any(map(_is_read, layers.glob("*/present")))
+
+
+def _is_read(present: Path) -> bool:
+    with suppress(FileNotFoundError):  # it is complete, or gone
+        descriptor = os.open(present.with_name("data"), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return linux.is_open_elsewhere(descriptor)
+        finally:
+            os.close(descriptor)
+    return False
+
+
 class FanotifyServing:
     """Serves layers by their data files; see ``Serving``.
 
@@ -80,12 +100,14 @@ class FanotifyServing:
 
     @property
     def in_use(self) -> bool:
-        """Whether a layer is mounted that is not complete, as far as is known."""
-        return (self._any_incomplete or not self._knows_all) and any_mounted(self._run)
-
-    @property
-    def _any_incomplete(self) -> bool:
-        return any(not fetcher.layer.complete for fetcher in self._fetchers.values())
+        """Whether a layer is mounted that is not complete, as far as is known, or was detached
+        while somebody had a file of it open."""
+        incomplete = [f.layer for f in self._fetchers.values() if not f.layer.complete]
+        if not incomplete and self._knows_all:
+            return False
+        return any_mounted(self._run) or any(
+            linux.is_open_elsewhere(layer.data_fd) for layer in incomplete
+        )
 
     def unguarded(self) -> list[Fetcher]:
         """The layers that were mounted while nobody held the group: all holders were killed.

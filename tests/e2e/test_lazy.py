@@ -515,6 +515,31 @@ def _is_gone(pid: int) -> bool:
     return not status.exists() or "\nState:\tZ" in status.read_text()
 
 
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_who_reads_on_after_umount_reads_no_zeros(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy, method: str, when: str
+) -> None:
+    """The mount is detached, so it is to be seen nowhere that somebody has a file of it open."""
+    mount, image = lazy_mount, images["estargz"]
+    name = image.at(front.host)
+    mount.pull(name)
+    data = image.files["data/large1"]
+    file = (mount.path / "images" / name / "rootfs/data/large1").open("rb")
+    with file, ThreadPoolExecutor() as pool:
+        if when == "at once":
+            front.on("/blobs/", faults.late(0.5))
+            read = pool.submit(file.read)
+            time.sleep(0.2)
+        mount.stop()
+        if when == "later":
+            assert mount.layer_servers()
+            read = pool.submit(file.read)
+        assert read.result(30) == data
+    if (method, when) == ("fanotify", "later"):  # a server waits some seconds for the next daemon
+        until(lambda: not mount.layer_servers(), 30.0)
+        assert keeper.find(group_name(mount.run)) == []
+
+
 @pytest.mark.logs("a killed daemon left")
 @pytest.mark.parametrize("method", ["fanotify"])
 def test_all_who_guard_a_layer_die_at_once(

@@ -53,7 +53,7 @@ class Site:
             *(sys.executable, "-m", "tools.layerserver"),
             *(str(self.root), str(self.run), "critical"),
         ]
-        self.client = LayerClient(self.run, self.config, self.command)
+        self.client = LayerClient(self.run, self.root / "layers", self.config, self.command)
         self.indexer = Indexer(self.store)
         self.pulls = Pulls(self.store, self.client, self.indexer)
         self.news: list[News] = []
