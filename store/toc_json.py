@@ -18,7 +18,7 @@ from store.errors import InvalidLayer, LimitExceeded, NotLazy
 from store.index import Entry
 from store.spans import Codec
 from store.tar_entry import REBUILD, XATTR_TOTAL_MAX, is_kept, make_entry
-from store.tar_names import shown
+from store.tar_names import clean_path, shown
 from store.unpack import LayerLimits
 
 # A table of contents, inflated or not; containers/storage has the same limit. An entry takes
@@ -150,6 +150,9 @@ def entry_of(item: Item) -> Entry:
         raise NotLazy(
             f"{shown(name)} in the layer's table of contents has a time that can't be understood"
         ) from None
+    if ".." in item.name and b".." in name.split(b"/") and clean_path(name) is not None:
+        # Nobody who makes tables writes such a name; what it means is for the archive to say.
+        raise NotLazy(f"{shown(name)} in the layer's table of contents is a name with '..'")
     return make_entry(
         kind,
         name,
