@@ -32,15 +32,17 @@ _FIRST_PID_NAMESPACE = 0xEFFFFFFC
 
 
 def can_freeze() -> bool:
-    """Whether keepers are frozen, so that nobody can kill them.
+    """Whether keepers are frozen, so that nobody can kill them."""
+    return _usable_freezer() is not None
 
-    Not below a service manager, which holds the group better and has to be able to end what it
-    has started; nor in a container, which could not end with such a process in it.
-    """
+
+def _usable_freezer() -> Path | None:
+    """Not below a service manager, which holds the group better and has to be able to end what it
+    has started; nor in a container, which could not end with such a process in it."""
+    if notify.is_managed() or os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE:
+        return None
     top = freezer()
-    in_container = os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE
-    managed = notify.is_managed()
-    return top is not None and os.access(top, os.W_OK) and not in_container and not managed
+    return top if top and os.access(top, os.W_OK) else None
 
 
 def start(group: PreContentGroup, name: str) -> int:
@@ -68,18 +70,15 @@ def start(group: PreContentGroup, name: str) -> int:
     if started.returncode:
         raise RuntimeFailure(f"cannot start a process: {started.stderr.decode().strip()}")
     pid = int(started.stdout)
-    if can_freeze():
+    if top := _usable_freezer():
         try:
-            _freeze(pid, name)
+            _freeze(pid, top / name)
         except OSError as error:
             log.warning("the keeper %d can be killed, since it can't be frozen: %s", pid, error)
     return pid
 
 
-def _freeze(pid: int, name: str) -> None:
-    top = freezer()
-    assert top is not None
-    directory = top / name
+def _freeze(pid: int, directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     (directory / "cgroup.procs").write_text(str(pid))
     (directory / "freezer.state").write_text("FROZEN")

@@ -96,20 +96,24 @@ def build_index(
     first = blob.read(4)
     blob.seek(0)
 
-    def reading(codec: Codec) -> "_Reading":
+    def begin(codec: Codec) -> "_Reading":
         return _Reading(codec, blob_size, blob.fileno(), limits, cancelled)
 
     match compression_of(first, media_type):
         case Compression.GZIP:
-            read = _read_gzip(blob, reading(Codec.DEFLATE))
+            reading = begin(Codec.DEFLATE)
+            _read_gzip(blob, reading)
         case Compression.ZSTD:
             try:
-                read = _read_zstd(blob, blob_size, reading(Codec.ZSTD))
+                reading = begin(Codec.ZSTD)
+                _read_zstd(blob, blob_size, reading)
             except NotLazy:  # for its long frames
-                read = _read_zstd(blob, blob_size, reading(Codec.ZSTD_BLOCKS))
+                reading = begin(Codec.ZSTD_BLOCKS)
+                _read_zstd(blob, blob_size, reading)
         case Compression.NONE:
-            read = _read_plain(blob, reading(Codec.PLAIN))
-    return read.finish(diff_id)
+            reading = begin(Codec.PLAIN)
+            _read_plain(blob, reading)
+    return reading.finish(diff_id)
 
 
 FORMATS = {
@@ -120,7 +124,7 @@ FORMATS = {
 }
 
 
-def _read_gzip(blob: BinaryIO, reading: "_Reading") -> "_Reading":
+def _read_gzip(blob: BinaryIO, reading: "_Reading") -> None:
     with GzipBlocks(blob) as blocks:
         while not blocks.ended:
             address, room = reading.memory()
@@ -129,7 +133,6 @@ def _read_gzip(blob: BinaryIO, reading: "_Reading") -> "_Reading":
             reading.put(count, blocks.consumed)
             if boundary is not None:
                 reading.cut(_span_at(boundary, reading))
-    return reading
 
 
 def _span_at(boundary: Boundary, reading: "_Reading") -> Span:
@@ -137,7 +140,7 @@ def _span_at(boundary: Boundary, reading: "_Reading") -> Span:
     return Span(boundary.start, 0, bits=boundary.bits, lead=boundary.lead, window=window)
 
 
-def _read_zstd(blob: BinaryIO, blob_size: int, reading: "_Reading") -> "_Reading":
+def _read_zstd(blob: BinaryIO, blob_size: int, reading: "_Reading") -> None:
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
     stream = decompressor.decompressobj(read_across_frames=True)
     for part in zstd_parts(blob.fileno(), blob_size):
@@ -146,7 +149,6 @@ def _read_zstd(blob: BinaryIO, blob_size: int, reading: "_Reading") -> "_Reading
         reading.reach(part.end)
         if part.content:
             reading.add(_inflate(stream, blob, part), part.end)
-    return reading
 
 
 def _inflate(stream: "zstandard.ZstdDecompressionObj", blob: BinaryIO, part: ZstdPart) -> bytes:
@@ -159,14 +161,13 @@ def _inflate(stream: "zstandard.ZstdDecompressionObj", blob: BinaryIO, part: Zst
         ) from error
 
 
-def _read_plain(blob: BinaryIO, reading: "_Reading") -> "_Reading":
+def _read_plain(blob: BinaryIO, reading: "_Reading") -> None:
     position = 0
     while count := blob.readinto(reading.free()):  # type: ignore[attr-defined]
         if not reading.until_cut:
             reading.cut(Span(position, 0))
         position += count
         reading.put(count, position)
-    return reading
 
 
 class _Reading:

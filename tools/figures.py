@@ -106,9 +106,7 @@ def again(comparison: Comparison, case: Case) -> None:
             link = stack.enter_context(comparison.link(case))
             ctrfs = comparison.ctrfs(link.host, case.size, link.client)
             stack.enter_context(ctrfs.running())
-            ctrfs.pull()
-            container = ctrfs.mount / "containers" / ctrfs.start("sleep", "100000")
-            sides.append((Path(os.readlink(container / "rootfs")), ours))
+            sides.append((_running_tree(ctrfs), ours))
         if comparison.others:
             plain = overlay(shelf.tree(case.size), comparison.directory)
             sides.append((stack.enter_context(plain), others))
@@ -130,6 +128,13 @@ def again(comparison: Comparison, case: Case) -> None:
             others.clear()
 
 
+def _running_tree(ctrfs: Ctrfs) -> Path:
+    """The files of a container that was started and stays."""
+    ctrfs.pull()
+    container = ctrfs.mount / "containers" / ctrfs.start("sleep", "100000")
+    return Path(os.readlink(container / "rootfs"))
+
+
 def _in_tree(tree: Path, command: str, cold: bool = False) -> float:
     """Seconds of a shell command in a directory."""
     if cold:
@@ -147,9 +152,7 @@ def page_cache(comparison: Comparison, case: Case) -> None:
         with comparison.link(case) as link:
             ctrfs = comparison.ctrfs(link.host, case.size, link.client)
             with ctrfs.running():
-                ctrfs.pull()
-                container = ctrfs.mount / "containers" / ctrfs.start("sleep", "100000")
-                tree = Path(os.readlink(container / "rootfs"))
+                tree = _running_tree(ctrfs)
                 lazily.append(_kept_of(tree))
                 ctrfs.wait_filled()
                 complete.append(_kept_of(tree))

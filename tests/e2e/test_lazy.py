@@ -515,6 +515,23 @@ def _is_gone(pid: int) -> bool:
     return not status.exists() or "\nState:\tZ" in status.read_text()
 
 
+def start_idling(mount: Mount, image: str) -> None:
+    """A container "runs" that does nothing; its program is here, else it would crash over zeros."""
+    script = "/bin/busybox cat /bin/busybox > /dev/null; echo ready; exec /bin/busybox sleep 1000"
+    mount.container("runs", image, "/bin/busybox", "sh", "-c", script)
+    mount.write("containers/runs/state", "start")
+    until(partial(_says_ready, mount, "runs"))
+
+
+def kill_at_once(mount: Mount, victims: Iterable[int]) -> None:
+    """SIGKILL; to the daemon first, or it would see the others die."""
+    daemon = mount.pid
+    if daemon in victims:
+        mount.kill()
+    for pid in set(victims) - {daemon}:
+        os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("when", ["at once", "later"])
 def test_who_reads_on_after_umount_reads_no_zeros(
     lazy_mount: Mount, images: dict[str, Image], front: Proxy, method: str, when: str
@@ -549,21 +566,15 @@ def test_all_who_guard_a_layer_die_at_once(
     mount, image = lazy_mount, images["estargz"]
     name = image.at(front.host)
     mount.pull(name)
-    # Its program is here, else it would crash over zeros.
-    script = "/bin/busybox cat /bin/busybox > /dev/null; echo ready; exec /bin/busybox sleep 1000"
-    mount.container("runs", name, "/bin/busybox", "sh", "-c", script)
+    start_idling(mount, name)
     mount.container("idle", name, "/bin/busybox", "sh", "-c", SUMS)
-    mount.write("containers/runs/state", "start")
     for top in (mount.path / "containers/idle/rootfs", mount.path / "images" / name / "rootfs"):
         assert (top / "data/small001").read_bytes() == image.files["data/small001"]
-    until(partial(_says_ready, mount, "runs"))
-    init, mount_pid = int(mount.read("containers/runs/pid")), mount.pid
+    init = int(mount.read("containers/runs/pid"))
     view = Path(f"/proc/{init}/root/data")
     holders = keeper.find(group_name(mount.run))
     assert len(holders) >= 4
-    mount.kill()  # first, or it would see the others die
-    for pid in set(holders) - {mount_pid}:
-        os.kill(pid, signal.SIGKILL)
+    kill_at_once(mount, {mount.pid, *holders})
     keeper.stop(group_name(mount.run))  # as where no keeper can be frozen
     until(lambda: not keeper.find(group_name(mount.run)))
     assert (view / "large1").read_bytes() == bytes(len(image.files["data/large1"]))
@@ -591,19 +602,13 @@ def test_a_frozen_keeper_holds_readers_when_all_others_die(
         return
     name = image.at(front.host)
     mount.pull(name)
-    script = "/bin/busybox cat /bin/busybox > /dev/null; echo ready; exec /bin/busybox sleep 1000"
-    mount.container("runs", name, "/bin/busybox", "sh", "-c", script)
-    mount.write("containers/runs/state", "start")
-    until(partial(_says_ready, mount, "runs"))
+    start_idling(mount, name)
     inside = (Path("/proc") / mount.read("containers/runs/pid") / "root/data/large0").open("rb")
     outside = (mount.path / "images" / name / "rootfs/data/large1").open("rb")
     with inside, outside, ThreadPoolExecutor() as pool:
         holders = keeper.find(group_name(mount.run))
         assert len(holders) >= 4
-        mount_pid = mount.pid
-        mount.kill()
-        for pid in set(holders) - {mount_pid}:
-            os.kill(pid, signal.SIGKILL)
+        kill_at_once(mount, {mount.pid, *holders})
         until(lambda: len(keeper.find(group_name(mount.run))) == 1)
         read = [pool.submit(file.read) for file in (inside, outside)]
         time.sleep(0.3)
@@ -648,10 +653,7 @@ def test_a_service_manager_holds_readers_when_all_who_guard_them_die(
     assert found == {"ok": True, "found": "the service manager"}
     name = image.at(front.host)
     mount.pull(name)
-    script = "/bin/busybox cat /bin/busybox > /dev/null; echo ready; exec /bin/busybox sleep 1000"
-    mount.container("runs", name, "/bin/busybox", "sh", "-c", script)
-    mount.write("containers/runs/state", "start")
-    until(partial(_says_ready, mount, "runs"))
+    start_idling(mount, name)
     init = systemd.seen(Path("/proc") / mount.read("containers/runs/pid"))
     inside = (init / "root/data/large0").open("rb")
     outside = (mount.path / "images" / name / "rootfs/data/large1").open("rb")
@@ -705,12 +707,9 @@ def test_any_processes_die_beside_a_frozen_keeper_and_no_wrong_byte_is_read(
         return
 
     def kill(victims: set[int]) -> None:
-        daemon = mount.pid
-        if daemon in victims:
-            mount.kill()
-        for pid in victims - {daemon}:
-            os.kill(pid, signal.SIGKILL)
-        if daemon in victims:
+        ended = mount.pid in victims
+        kill_at_once(mount, victims)
+        if ended:
             mount.start()
 
     checksum_while_killed(mount, images, front, kill, Path.read_text)

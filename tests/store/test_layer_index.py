@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import random
 import subprocess
 import sysconfig
 import zlib
@@ -32,6 +31,7 @@ from store.unpack import LayerLimits
 from tests.support import tars
 from tests.support.indexing import (
     TAR,
+    content,
     digest,
     index_of,
     inflater_of,
@@ -42,17 +42,6 @@ from tests.support.indexing import (
 from tests.support.spans import skippable
 
 MIB = 1 << 20
-
-
-def content(size: int, seed: int) -> bytes:
-    """Bytes of which some repeat and some don't."""
-    source = random.Random(seed)
-    out = bytearray()
-    while len(out) < size:
-        out += source.randbytes(source.randrange(1, 9000))
-        out += out[-source.randrange(1, 40_000) :]
-        out += b"line %d\n" % source.randrange(100) * source.randrange(300)
-    return bytes(out[:size])
 
 
 def archive_of(*sizes: int) -> bytes:
@@ -240,9 +229,9 @@ def test_a_long_member_of_zeros(tmp_path: Path) -> None:
     out = 0
     for number in range(table.spans):
         start, end = table.range_of(number)
-        for _, content in inflater.pieces(number, blob[start:end]):
-            assert not any(content[::4096])
-            out += len(content)
+        for _, piece in inflater.pieces(number, blob[start:end]):
+            assert not any(piece[::4096])
+            out += len(piece)
     assert out == size == index.data_size
     assert table.spans > 50
     table.close()

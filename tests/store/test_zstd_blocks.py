@@ -4,7 +4,7 @@ import hashlib
 import io
 import random
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,15 @@ from store.unpack import LayerLimits
 from tests.support import proxy as faults
 from tests.support import tars
 from tests.support.fetching import Place, asked, disjoint, finished, read_all
-from tests.support.indexing import digest, index_of, inflater_of, read_spans, table_of, unpacked
+from tests.support.indexing import (
+    content,
+    digest,
+    index_of,
+    inflater_of,
+    read_spans,
+    table_of,
+    unpacked,
+)
 from tests.support.layouts import ZSTD, tar_of
 from tests.support.proxy import Exchange, Proxy
 from tests.support.spans import OneFrame, one_frame, skippable
@@ -29,25 +37,16 @@ from tests.support.spans import OneFrame, one_frame, skippable
 MIB = 1 << 20
 
 
-def content(seed: int, size: int) -> bytes:
-    """Bytes of which some repeat, from up to 4 MiB before."""
-    source = random.Random(seed)
-    out = bytearray()
-    while len(out) < size:
-        out += source.randbytes(source.randrange(1, 9000))
-        out += out[-source.randrange(1, 4 * MIB) :][:20_000]
-        out += b"line %d\n" % source.randrange(100) * source.randrange(300)
-    return bytes(out[:size])
-
+far = partial(content, back=4 * MIB)
 
 FILES = {
-    "first": content(1, 100_000),
-    "large": content(2, 20 * MIB),
+    "first": far(100_000, 1),
+    "large": far(20 * MIB, 2),
     "empty": b"",
-    **{f"small{number}": content(number, 5000) for number in range(300)},
+    **{f"small{number}": far(5000, number) for number in range(300)},
     "zeros": bytes(3 * MIB),
-    "larger": content(3, 24 * MIB),
-    "last": content(4, 10),
+    "larger": far(24 * MIB, 3),
+    "last": far(10, 4),
 }
 
 
@@ -151,9 +150,7 @@ def test_short_frames_are_entered_anywhere(tmp_path: Path) -> None:
 
 
 def test_any_span_may_be_wanted_next(made: OneFrame, tmp_path: Path) -> None:
-    with (tmp_path / "spans").open("wb") as file:
-        made.spans.write(file, made.data_size)
-    table = SpanTable(tmp_path / "spans")
+    table = table_of(made, tmp_path)
     inflater = inflater_of(table, made.blob)
     for number in (0, 1, 2, 40, 3, 3, 41, 0, table.spans - 1):
         start, end = table.range_of(number)
@@ -163,9 +160,7 @@ def test_any_span_may_be_wanted_next(made: OneFrame, tmp_path: Path) -> None:
 
 
 def test_wrong_bytes_are_noticed_before_they_are_used(made: OneFrame, tmp_path: Path) -> None:
-    with (tmp_path / "spans").open("wb") as file:
-        made.spans.write(file, made.data_size)
-    table = SpanTable(tmp_path / "spans")
+    table = table_of(made, tmp_path)
     inflater = inflater_of(table, made.blob)
     for number in range(table.spans):
         start, end = table.range_of(number)
@@ -376,15 +371,7 @@ async def test_after_a_power_cut_everything_is_verified(
         here = fetcher.layer.next_absent(0)
         lost = here // 2
         start, _ = fetcher.layer.table.range_of(lost)
-    directory = place.open_directory()
-    with (directory / "blob").open("r+b") as file:
-        file.seek(start)
-        file.write(bytes(100))
-    with (directory / "data").open("r+b") as file:
-        file.write(bytes(20 * MIB))
-    with (directory / "present").open("r+b") as file:
-        file.seek(8)
-        file.write(bytes(16))
+    place.cut_power(start, 20 * MIB)
     async with place.fetching() as fetcher:
         layer = fetcher.layer
         assert layer.next_absent(0) == lost

@@ -63,6 +63,19 @@ class Place:
         layer = self.layers.get(Digest(self.made.diff_id)) or self.add()
         return LazyLayer(layer.directory, layer.diff_id)
 
+    def cut_power(self, lost: int, size: int) -> None:
+        """The machine went down: what was written of the blob at ``lost`` and of the first ``size``
+        bytes of data had not reached the disk."""
+        directory = self.open_directory()
+        with (directory / "blob").open("r+b") as file:
+            file.seek(lost)
+            file.write(bytes(100))
+        with (directory / "data").open("r+b") as file:
+            file.write(bytes(size))
+        with (directory / "present").open("r+b") as file:
+            file.seek(8)
+            file.write(bytes(16))
+
     @asynccontextmanager
     async def fetching(self, **changes: Any) -> AsyncIterator[Fetcher]:
         """A fetcher, as after the start of a server."""

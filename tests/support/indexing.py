@@ -8,6 +8,7 @@ from pathlib import Path
 from store.cas import Digest
 from store.index import Entry, read_index
 from store.layer_index import LayerIndex, build_index
+from store.layers import LazyLayout
 from store.span_inflate import Inflater
 from store.spans import SpanTable
 from store.unpack import LayerLimits, unpack_blob
@@ -31,7 +32,18 @@ def index_of(
         )
 
 
-def table_of(index: LayerIndex, directory: Path) -> SpanTable:
+def content(size: int, seed: int, back: int = 40_000) -> bytes:
+    """Bytes of which some repeat, from up to ``back`` bytes before, and some don't."""
+    source = random.Random(seed)
+    out = bytearray()
+    while len(out) < size:
+        out += source.randbytes(source.randrange(1, 9000))
+        out += out[-source.randrange(1, back) :][:40_000]
+        out += b"line %d\n" % source.randrange(100) * source.randrange(300)
+    return bytes(out[:size])
+
+
+def table_of(index: LazyLayout, directory: Path) -> SpanTable:
     """Write the index's span table, and open it."""
     path = directory / "spans"
     with path.open("wb") as file:
