@@ -175,7 +175,7 @@ class Rootfs:
         memory what it reads of them. Those of incomplete layers are still to be written."""
         for link in self._data.iterdir():
             path = Path(os.path.realpath(link))
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # gone; and nothing is lost if it can't be opened
                 if lazy.is_complete(path.parent):
                     _release(path)
 
