@@ -83,8 +83,8 @@ class Slots:
 
     async def quiet(self) -> None:
         """Return when no reader has waited for a second."""
-        while not self.is_quiet:  # noqa: ASYNC110
-            await trio.sleep(_QUIET_SECONDS - self.idle_for())
+        while (left := _QUIET_SECONDS - self.idle_for()) > 0:  # noqa: ASYNC110
+            await trio.sleep(left)
 
 
 class _GivenUp:

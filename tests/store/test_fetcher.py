@@ -16,7 +16,7 @@ from store import lazy
 from store.cas import Digest
 from store.config import StoreConfig
 from store.errors import DigestMismatch, InvalidLayer, NotLazy, RegistryTimeout, StoreError
-from store.fetcher import AGAIN_SECONDS
+from store.fetcher import AGAIN_SECONDS, Slots
 from store.index import Entry
 from store.lazy import LazyLayer, LazyRecord
 from store.manifest import Descriptor
@@ -433,3 +433,10 @@ def test_a_registry_that_sends_whole_blobs_is_not_lazy(place: Place, proxy: Prox
     with pytest.raises(NotLazy):
         source.fetch_range(place.descriptor, 10, 20)
     source.close()
+
+
+async def test_waiting_for_quiet_while_time_goes_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock finds it later, so that a second is over between two of them."""
+    slots, looks = Slots(1), iter([0.999, 1.001, 1.002])
+    monkeypatch.setattr(slots, "idle_for", lambda: next(looks))
+    await slots.quiet()
