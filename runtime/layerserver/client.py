@@ -183,8 +183,6 @@ class LayerClient:
             heard: called with each of its news.
             restarted: called after one that had died was replaced.
         """
-        (self._run / protocol.CONFIG).write_bytes(msgspec.json.encode(self._config))
-        (self._run / protocol.CONFIG).chmod(0o600)
         listening = await self._listening()
         self._up.set()
         await self._ask(Configure(self._config))  # for one that was here before this daemon
@@ -247,6 +245,9 @@ class LayerClient:
         return greeting == _GREETING
 
     def _start(self) -> subprocess.Popen[bytes]:
+        # Each time: one that ends in order takes it away.
+        (self._run / protocol.CONFIG).write_bytes(msgspec.json.encode(self._config))
+        (self._run / protocol.CONFIG).chmod(0o600)
         return subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import re
+import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -504,12 +505,15 @@ async def test_what_was_known_from_the_start_is_mended(
 
 
 @pytest.mark.logs("the layer server has died")
-async def test_it_is_started_again(tmp_path: Path, front: Proxy, name: str) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+async def test_it_is_started_again(
+    tmp_path: Path, front: Proxy, name: str, how: signal.Signals
+) -> None:
     async with served(tmp_path, front, name) as (site, _):
         pid = (await site.client.status()).pid
         before = bytes_asked(front)
         await site.client.fetch(DIFF_ID, ((0, 100),))
-        os.kill(pid, 9)
+        os.kill(pid, how)
         await until(lambda: site.restarts == 2)
         assert (await site.client.status()).pid != pid
         after = bytes_asked(front)
