@@ -4,6 +4,10 @@ import errno
 import logging
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
 
 from fs.nodes import Caller
 from store.events import rfc3339
@@ -21,6 +25,23 @@ class Failures:
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT)
         self.changed_ns = time.time_ns()
+        self._coming: set[trio.Event] = set()
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Around work after which one is added: who reads them meanwhile waits for it."""
+        done = trio.Event()
+        self._coming.add(done)
+        try:
+            yield
+        finally:
+            self._coming.remove(done)
+            done.set()
+
+    async def settled(self) -> None:
+        """Wait for those that are coming."""
+        for done in list(self._coming):
+            await done.wait()
 
     def add(
         self, path: str, operation: str, caller: Caller, code: int, sentence: str, data: bytes = b""

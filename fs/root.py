@@ -69,6 +69,11 @@ class Errors(RootFile):
         """The failures."""
         return self.context.failures.text()
 
+    async def slow_content(self) -> bytes:
+        """The failures, with those whose reader has his error already."""
+        await self.context.failures.settled()
+        return self.content()
+
     def mtime_ns(self) -> int:
         """When the last failure happened."""
         return self.context.failures.changed_ns

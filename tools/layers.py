@@ -18,6 +18,7 @@ from runtime.layerserver.client import LayerClient
 from runtime.layerserver.protocol import News
 from runtime.rootfs import Rootfs
 from store.cas import Digest
+from store.errors import StoreError
 from store.locate import path_at
 from store.store import Store
 from tools.options import Options
@@ -85,10 +86,12 @@ class Follower:
         caller = _caller(news.pid)
         layer = self._store.layers.get(diff_id)
         path = self._path(diff_id)
-        if layer is not None:
-            name = await trio.to_thread.run_sync(path_at, layer, news.offset)
-            path = f"{path}/{os.fsdecode(name)}"
-        self._failed(news, path, caller)
+        with self._failures.coming():
+            with suppress(StoreError):  # a damaged index does not name the file
+                if layer is not None:
+                    name = await trio.to_thread.run_sync(path_at, layer, news.offset)
+                    path = f"{path}/{os.fsdecode(name)}"
+            self._failed(news, path, caller)
 
     def _failed(self, news: News, path: str, caller: Caller) -> None:
         if self._is_repeated(path, caller):

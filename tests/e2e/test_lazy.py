@@ -91,6 +91,7 @@ class Image:
         manifest = layout.manifest([descriptor], [layer.diff_id], container=container)
         self.reference = registry.push(layout, manifest, f"lazy/{name}", "v1")
         self.layer = layer.layer
+        self.diff_id = layer.diff_id
         self.sums = "".join(
             f"{hashlib.sha256(data).hexdigest()}  {path}\n"
             for path, data in sorted(self.files.items())
@@ -295,6 +296,12 @@ def test_a_registry_that_goes_away_and_comes_back(
     line = f"/images/{name}/layers/0/rootfs/data/large2: read{who}: "
     until(lambda: line in mount.read("errors"))
     assert mount.read("errors").count("layers/0/rootfs") == 1
+    time.sleep(AGAIN_SECONDS)
+    index = mount.root / "layers" / image.diff_id.removeprefix("sha256:") / "index"
+    index.write_bytes(index.read_bytes()[:-1])
+    with pytest.raises(OSError, match="Input/output error"):
+        (rootfs / "large1").read_bytes()
+    until(lambda: f"/images/{name}/layers/0/rootfs: read" in mount.read("errors"))
     front.heal()
     time.sleep(AGAIN_SECONDS)
     assert (rootfs / "large2").read_bytes() == image.files["data/large2"]
