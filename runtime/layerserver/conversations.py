@@ -1,15 +1,15 @@
 """What goes through the layer server's socket: requests with their answers, and news."""
 
 import errno
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
 import trio
 
 from runtime.layerserver import protocol, rundir
-from runtime.layerserver.protocol import Answer, Done, Failure, Listen, News, Request
+from runtime.layerserver.protocol import Answer, Done, Failure, Fetch, Listen, News, Request
 
 _MAX_REQUEST = 16 << 20
 # What a listener that does not read may fall behind, before it misses some.
@@ -51,21 +51,30 @@ class Conversations:
         await trio.serve_listeners(self._converse, [listener], task_status=task_status)
 
     async def _converse(self, stream: trio.SocketStream) -> None:
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        try:
             async with stream:
-                line = await _line(stream)
-                if not line:
-                    return
-                try:
-                    request = protocol.decode_request(line)
-                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                    refused = Failure(f"the layer server does not know this: {error}", errno.EINVAL)
-                    await stream.send_all(protocol.encode(refused))
-                    return
-                if isinstance(request, Listen):
-                    await self._send_news(stream)
-                else:
+                await self._exchange(stream)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the other side was killed
+
+    async def _exchange(self, stream: trio.SocketStream) -> None:
+        line = await _line(stream)
+        if not line:
+            return
+        try:
+            request = protocol.decode_request(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            refused = Failure(f"the layer server does not know this: {error}", errno.EINVAL)
+            await stream.send_all(protocol.encode(refused))
+            return
+        match request:
+            case Listen():
+                await self._send_news(stream)
+            case Fetch():  # which may take long, and only those who wait for it want it
+                async with _while_connected(stream):
                     await stream.send_all(protocol.encode(await self._answer(request)))
+            case _:
+                await stream.send_all(protocol.encode(await self._answer(request)))
 
     async def _send_news(self, stream: trio.SocketStream) -> None:
         send, receive = trio.open_memory_channel[News](_MAX_NEWS)
@@ -75,17 +84,25 @@ class Conversations:
             first, self._first = self._first, []
             for news in first:
                 await stream.send_all(protocol.encode(news))
-            async with trio.open_nursery() as nursery:
-
-                async def watch() -> None:
-                    await stream.receive_some(1)  # the listener is gone
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(watch)
+            async with _while_connected(stream):
                 async for news in receive:
                     await stream.send_all(protocol.encode(news))
         finally:
             self._listeners.discard(send)
+
+
+@asynccontextmanager
+async def _while_connected(stream: trio.SocketStream) -> AsyncIterator[None]:
+    """What it is around is cancelled when the other side hangs up, which sends nothing more."""
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            await stream.receive_some(1)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 async def _line(stream: trio.SocketStream) -> bytes:

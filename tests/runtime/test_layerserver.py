@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from select import select
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ import pytest
 import trio
 
 from runtime import keeper, linux
-from runtime.layerserver import fill, protocol, server
+from runtime.layerserver import asked, fill, protocol, server
 from runtime.layerserver.client import LayerServerFailed
 from runtime.layerserver.fanotify_serving import group_name
 from runtime.layerserver.protocol import (
@@ -239,6 +240,42 @@ async def test_rubbish_does_no_harm(tmp_path: Path, front: Proxy, name: str) -> 
                 assert isinstance(failure, Failure)
                 assert failure.errno == errno.EINVAL
         assert (await site.client.status()).pid == pid
+
+
+async def test_who_asks_and_is_killed_does_no_harm(tmp_path: Path, front: Proxy, name: str) -> None:
+    async with served(tmp_path, front, name) as (site, _):
+        pid = (await site.client.status()).pid
+        for request in (Listen(), Status(), Fetch(DIFF_ID, ((0, 1),))):
+            connection = protocol.connect(site.run)
+            connection.sendall(protocol.encode(request))
+            readable, _, _ = await trio.to_thread.run_sync(select, [connection], [], [], 5)
+            assert readable
+            connection.close()  # with the answer unread: the server's side is reset
+            await trio.sleep(0.1)
+            assert (await site.client.status()).pid == pid
+
+
+async def test_what_nobody_waits_for_any_more_is_not_fetched(
+    tmp_path: Path, front: Proxy, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked, "_PART_BYTES", CHUNK)
+    site = Site(tmp_path)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(LayerServer(site.root, site.run, site.config).run)
+        await until((site.run / protocol.PID_FILE).exists)
+        async with site.opened():
+            await site.pull(f"{front.host}/{name}")
+            front.on("/blobs/", faults.late(0.05))
+            async with trio.open_nursery() as waiting:
+                waiting.start_soon(site.client.complete, DIFF_ID)
+                before = fetched(site)
+                await until(lambda: fetched(site) > before)
+                waiting.cancel_scope.cancel()
+            await trio.sleep(0.5)  # what was under way
+            before = bytes_asked(front)
+            await trio.sleep(0.5)
+            assert bytes_asked(front) == before
+            assert fetched(site) < BLOB.layer.size
 
 
 async def test_a_second_server_is_refused(
