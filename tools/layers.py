@@ -14,7 +14,7 @@ from fs.automount import Automounts
 from fs.failures import Failures
 from fs.nodes import Caller
 from runtime.containers import Containers
-from runtime.layerserver.client import LayerClient
+from runtime.layerserver.client import LayerClient, LayerServerFailed
 from runtime.layerserver.protocol import News
 from runtime.rootfs import Rootfs
 from store.cas import Digest
@@ -122,8 +122,9 @@ class Follower:
         self._nursery.start_soon(self._restarted)
 
     async def _restarted(self) -> None:
-        if (await self._client.status()).method == "fuse":
-            await self._mount_anew(only_served=True)
+        with suppress(LayerServerFailed):  # it has died again, and the next one comes here too
+            if (await self._client.status()).method == "fuse":
+                await self._mount_anew(only_served=True)
 
     async def _mount_anew(self, *, only_served: bool) -> None:
         forget = partial(self._rootfs.forget_layers, only_served=only_served)

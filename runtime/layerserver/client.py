@@ -185,7 +185,8 @@ class LayerClient:
         """
         listening = await self._listening()
         self._up.set()
-        await self._ask(Configure(self._config))  # for one that was here before this daemon
+        with suppress(LayerServerFailed):  # it has died: the next one reads them from the file
+            await self._ask(Configure(self._config))  # for one that was here before this daemon
         if self._process is not None:
             restarted()
         while True:

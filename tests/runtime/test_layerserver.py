@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -19,8 +20,8 @@ import pytest
 import trio
 
 from runtime import keeper, linux
-from runtime.layerserver import asked, fill, protocol, server
-from runtime.layerserver.client import LayerServerFailed
+from runtime.layerserver import asked, client, fill, protocol, server
+from runtime.layerserver.client import LayerClient, LayerServerFailed
 from runtime.layerserver.fanotify_serving import group_name
 from runtime.layerserver.protocol import (
     Configure,
@@ -557,6 +558,43 @@ async def test_it_is_started_again(
         assert after > before
         await site.client.fetch(DIFF_ID, ((0, 100),))
         assert bytes_asked(front) == after
+
+
+# Greets whoever listens, and dies over any other request.
+DYING = """
+import os, socket, sys
+path, greeting = sys.argv[1:]
+if os.path.exists(path):
+    os.unlink(path)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(path)
+listener.listen()
+listening = []
+while True:
+    connection, _ = listener.accept()
+    if b"Listen" not in connection.recv(1000):
+        break
+    connection.sendall(greeting.encode())
+    listening.append(connection)
+"""
+
+
+@pytest.mark.logs("the layer server has died")
+async def test_one_that_dies_again_and_again_does_not_take_its_daemon_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_START_SECONDS", 0.2)
+    socket, greeting = tmp_path / protocol.SOCKET, protocol.encode(Done()).decode()
+    command = [sys.executable, "-c", DYING, str(socket), greeting]
+    following = LayerClient(tmp_path, tmp_path / "layers", StoreConfig(), command)
+    restarts: list[None] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(following.follow, lambda _: None, lambda: restarts.append(None))
+        while len(restarts) < 4:
+            with pytest.raises(LayerServerFailed, match="does not answer"):
+                await following.status()
+        nursery.cancel_scope.cancel()
+    await following.end()
 
 
 async def test_tables_take_no_memory_when_nobody_reads(
