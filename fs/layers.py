@@ -43,6 +43,11 @@ class _LayerValue(TextFile):
     def digest(self) -> Digest:
         return self.parent.descriptor.content
 
+    def is_loaded_by(self, layer: Layer) -> bool:
+        """Whether a lazy layer comes from this blob, and not from another image's of the same
+        content."""
+        return lazy.read_record(layer.directory).blob.digest == self.digest
+
 
 class LayerDigest(_LayerValue):
     """Digest of the layer as the registry has it."""
@@ -94,7 +99,7 @@ class Format(_LayerValue):
     def read(self) -> str:
         """One word."""
         layer = self.parent.layer
-        if layer is not None and layer.record.lazy:
+        if layer is not None and layer.record.lazy and self.is_loaded_by(layer):
             return layer.record.lazy
         kind = self.descriptor.media_type
         return next((word for word in ("gzip", "zstd") if kind.endswith(word)), "tar")
@@ -128,9 +133,11 @@ class Lazy(_LayerValue):
     def read(self) -> str:
         """One line."""
         layer = self.parent.layer
-        if layer is None or layer.record.lazy:
-            return "yes" if layer else ""
-        return f"no: {layer.record.not_lazy or 'it was pulled with mode=full'}"
+        if layer is None:
+            return ""
+        if not layer.record.lazy:
+            return f"no: {layer.record.not_lazy or 'it was pulled with mode=full'}"
+        return "yes" if self.is_loaded_by(layer) else "no: its content came with another image"
 
 
 class LayerData(FixedLink):

@@ -1,29 +1,41 @@
 """How far pulls are, for readers that must not wait."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from store.images import Image
 
 
 class LayerProgress:
-    """One layer blob; several pulls may wait for it. ``done`` and ``total`` are bytes.
-
-    ``stage`` is ``waiting``, ``fetching``, ``unpacking`` (all bytes are here) or ``done``.
-    """
+    """One layer blob of ``total`` bytes; several pulls may wait for it."""
 
     def __init__(self, digest: str, total: int) -> None:
         self.digest = digest
         self.total = total
-        self.done = 0
-        self.stage = "waiting"
+        self._done = 0
+        self._measure: Callable[[], int] | None = None
 
-    def unpacking(self) -> None:
-        """The bytes are here."""
-        self.done = self.total
-        self.stage = "unpacking"
+    @property
+    def done(self) -> int:
+        """Bytes that are here."""
+        return self._measure() if self._measure else self._done
 
-    def finished(self) -> None:
-        """The layer is here and can be used."""
-        self.done = self.total
-        self.stage = "done"
+    def arrived(self, done: int) -> None:
+        """So many bytes are here."""
+        self._done = done
+
+    def all_arrived(self) -> None:
+        """Every byte is here."""
+        self._done = self.total
+
+    @contextmanager
+    def measured(self, measure: Callable[[], int]) -> Iterator[None]:
+        """While somebody else brings the bytes; ``measure()`` tells how many are here."""
+        self._measure = measure
+        try:
+            yield
+        finally:
+            self._measure = None
 
 
 class PullProgress:

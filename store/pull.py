@@ -24,7 +24,7 @@ from store.errors import (
 )
 from store.images import Image
 from store.layers import Layer
-from store.lazy import read_record, refusal
+from store.lazy import fetched, read_record, refusal
 from store.lazy_pull import Filling, Indexing, LazyPull
 from store.leftovers import Leftovers
 from store.manifest import Descriptor
@@ -316,7 +316,7 @@ class Pulls:
             return "its content is here already"
         elif not read_record(known.directory).is_for(layer, lazily.origin):
             return _DESCRIBED_OTHERWISE
-        state.finished()
+        state.all_arrived()
         return ""
 
     def _is_described_otherwise(self, layer: Descriptor, diff_id: Digest) -> bool:
@@ -340,7 +340,7 @@ class Pulls:
         store = self._store
         known = store.layers.get(diff_id)
         if known is not None and not known.complete:
-            await self._complete_or_give_up(known, layer, part.origin)
+            await self._complete_or_give_up(known, layer, part.origin, state)
         transfer = Transfer(
             store.cas,
             store.layers,
@@ -353,14 +353,23 @@ class Pulls:
         )
         await transfer.run()
 
-    async def _complete_or_give_up(self, known: Layer, blob: Descriptor, origin: str) -> None:
+    async def _complete_or_give_up(
+        self, known: Layer, blob: Descriptor, origin: str, state: LayerProgress
+    ) -> None:
         """Bring the rest of an incomplete layer, which verifies its diff_id. The layer is made
         anew when what stands in the way need not be this image's blob: what it was loaded by was
         found wrong, or nobody vouches for that, or another image says it that claims the same
         diff_id."""
         record = read_record(known.directory)
+
+        def here() -> int:
+            """As if the same part were here of this image's blob, which may be another."""
+            count = fetched(known.directory)
+            return blob.size if count is None else blob.size * count // record.blob.size
+
         try:
-            await self._complete(known.diff_id)
+            with state.measured(here):
+                await self._complete(known.diff_id)
         except StoreError as error:
             foreign = not record.is_for(blob, origin) and error.errno not in DISK_ERRORS
             hopeless = record.vouched and not refusal(known.directory)

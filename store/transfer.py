@@ -206,10 +206,10 @@ class Transfer:
                 log.warning("%s", error.sentence)
         if not self.cas.contains(self.digest):
             await self._fetch()
-        self.progress.finished()
+        self.progress.all_arrived()
 
     async def _unpack_from_store(self) -> None:
-        self.progress.unpacking()
+        self.progress.all_arrived()
         cancelled = threading.Event()
 
         def unpack() -> None:
@@ -224,7 +224,6 @@ class Transfer:
         self.layers.unpack(pieces, media_type, self.diff_id, cancelled, self.not_lazy)
 
     async def _fetch(self) -> None:
-        self.progress.stage = "fetching"
         attempt = await self._attempt()
         if isinstance(attempt.received, DigestMismatch) and attempt.resumed:
             # What had lain here for a while may have been damaged by a power cut.
@@ -303,7 +302,7 @@ class _Attempt:
                 log.info("%s; trying again in %.1f s", error.sentence, pause)
             await trio.sleep(pause)
         self._pipe.end()
-        self._transfer.progress.unpacking()
+        self._transfer.progress.all_arrived()
         await to_end(self._writer.commit)
 
     def _replay(self) -> None:
@@ -311,7 +310,7 @@ class _Attempt:
             self._hand_on(piece)
 
     def _hand_on(self, piece: bytes) -> None:
-        self._transfer.progress.done = self._writer.offset
+        self._transfer.progress.arrived(self._writer.offset)
         self._pipe.put(piece)
 
     async def _receive_rest(self) -> None:

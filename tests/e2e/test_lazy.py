@@ -103,15 +103,19 @@ class Image:
         return f"{host}/lazy/{self.name}:v1"
 
 
-def one_frame_blob(archive: bytes, chunk_size: int) -> lazy.LazyBlob:
-    """An ordinary zstd layer, without a table of contents."""
-    blob = one_frame(archive)
-    return lazy.LazyBlob(blob, Descriptor(ZSTD, digest(blob), len(blob)), digest(archive), (0, 0))
+def ordinary(
+    media_type: str, packed: Callable[[bytes], bytes], archive: bytes, chunk_size: int
+) -> lazy.LazyBlob:
+    """A layer without a table of contents."""
+    blob = packed(archive)
+    descriptor = Descriptor(media_type, digest(blob), len(blob))
+    return lazy.LazyBlob(blob, descriptor, digest(archive), (0, 0))
 
 
 def ordinary_image(registry: Registry, directory: Path) -> Image:
     """An image of one long zstd frame, and its index beside it in the registry."""
-    image = Image(registry, directory, "one-frame", 4, one_frame_blob, large=12_000_000)
+    write = partial(ordinary, ZSTD, one_frame)
+    image = Image(registry, directory, "one-frame", 4, write, large=12_000_000)
     command = [sys.executable, "-m", "tools.ctrfs", "index", f"docker://{image.reference}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return image
@@ -266,6 +270,28 @@ def test_a_full_pull_of_what_is_lazy(
     mount.pull(f"{name} mode=full")
     assert mount.read(f"images/{name}/state") == "complete"
     assert each_once(ranges(front, image))
+
+
+def test_the_same_content_in_another_blob(
+    lazy_mount: Mount,
+    images: dict[str, Image],
+    registry: Registry,
+    front: Proxy,
+    tmp_path: Path,
+) -> None:
+    mount, first = lazy_mount, images["one frame"]
+    write = partial(ordinary, GZIP, lambda archive: compress(archive, GZIP))
+    second = Image(registry, tmp_path, "twin", 4, write, large=12_000_000)
+    assert second.diff_id == first.diff_id
+    mount.pull(first.at(front.host))
+    mount.pull(second.at(front.host))
+    layer = f"images/{second.at(front.host)}/layers/0"
+    assert mount.read(f"{layer}/format") == "gzip"
+    assert mount.read(f"{layer}/lazy") == "no: its content came with another image"
+    assert mount.read(f"{layer}/fetched") == str(second.layer.size)
+    layer = f"images/{first.at(front.host)}/layers/0"
+    assert mount.read(f"{layer}/format") == "zstd+index"
+    assert mount.read(f"{layer}/lazy") == "yes"
 
 
 def test_ordinary_images_say_why_they_are_not_lazy(

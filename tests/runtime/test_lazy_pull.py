@@ -729,6 +729,24 @@ async def test_a_pull_that_is_interrupted_while_it_brings_contents(
         assert site.store.complete(image.diff_ids)
 
 
+async def test_how_far_a_full_pull_of_an_incomplete_layer_is(
+    tmp_path: Path, registry: Registry, layout: OciLayout, front: Proxy, name: str
+) -> None:
+    (blob,) = converted([tars.archive(tars.entry(b"a", data=noise(1, 900_000)))])
+    pushed = push_blobs(registry, layout, name, [blob])
+    site = Site(tmp_path, read_seconds=30.0)
+    async with site.opened():
+        image = await site.pull(f"{front.host}/{pushed}")
+        await site.client.fetch(image.diff_ids[0], ((0, 100_000),))
+        here = site.store.percent(image)
+        assert here and here > 5
+        front.on("/blobs/", faults.stall)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: site.pull(image.name, mode="full"))
+            await until(lambda: [pull.percent for pull in site.pulls.progress()] == [here])
+            nursery.cancel_scope.cancel()
+
+
 async def test_two_pulls_at_once_are_one(
     tmp_path: Path, front: Proxy, two_layers: tuple[str, list[Any]]
 ) -> None:
