@@ -257,8 +257,7 @@ class PreContentGroup:
                 return None
             self._free.pop()
             number = _METADATA.unpack_from(self._memory, slot)[5]
-            status = os.fstat(number)
-            _FILE.pack_into(self._memory, slot + _FILE_AT, status.st_dev, status.st_ino)
+            _FILE.pack_into(self._memory, slot + _FILE_AT, *file_id(number))
             self._memory[slot + _FILE_KNOWN_AT] = 1
             event = self._recorded(slot, inherited=False)
             self._register(event)
@@ -329,6 +328,29 @@ class PreContentGroup:
         self._memory.close()
         for descriptor in (self._own_fd, self.slots_fd, self.fd):
             os.close(descriptor)
+
+
+def marked(group: Path) -> set[FileId]:
+    """The files that are marked in a group. One without a name stays as long as it is open.
+
+    Args:
+        group: its descriptor's file in ``/proc/PID/fdinfo``.
+
+    Raises:
+        OSError: the process or the descriptor is gone.
+    """
+    marks = [line for line in group.read_text().splitlines() if line.startswith("fanotify ino:")]
+    found = set()
+    for mark in marks:
+        inode, device = (int(word.partition(":")[2], 16) for word in mark.split()[1:3])
+        found.add(FileId(os.makedev(device >> 20, device & 0xFFFFF), inode))
+    return found
+
+
+def file_id(descriptor: int) -> FileId:
+    """Which file a descriptor is of."""
+    status = os.fstat(descriptor)
+    return FileId(status.st_dev, status.st_ino)
 
 
 def open_unwatched(path: Path) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from runtime import linux, notify
 from runtime.cgroups import Cgroup, freezer
 from runtime.errors import RuntimeFailure
-from runtime.fanotify import CLASS_PRE_CONTENT, PreContentGroup
+from runtime.fanotify import CLASS_PRE_CONTENT, FileId, PreContentGroup, marked
 from runtime.oci import find_program
 from runtime.processes import command_line, identify
 
@@ -147,7 +147,7 @@ def _duplicates(pidfd: int, held: tuple[int, int]) -> tuple[int, int] | None:
 def _held(pid: int, name: str) -> tuple[int, int] | None:
     """The numbers of the two descriptors in another process."""
     process = Path(f"/proc/{pid}")
-    slots: dict[tuple[int, int], int] = {}  # by inode
+    slots: dict[FileId, int] = {}
     groups: list[int] = []
     with suppress(OSError):
         if process.stat().st_uid != os.geteuid():
@@ -159,21 +159,15 @@ def _held(pid: int, name: str) -> tuple[int, int] | None:
                     # One with a lock is what the reader of the events has for itself.
                     if not _facts(process, number, "lock:"):
                         status = (process / f"fd/{number}").stat()
-                        slots[status.st_ino, _kernels(status.st_dev)] = number
+                        slots[FileId(status.st_dev, status.st_ino)] = number
                 elif link == "anon_inode:[fanotify]" and _is_for_root(process, number):
                     groups.append(number)
         # A service manager may hold those of several daemons.
         for group in groups if slots else ():
-            for mark in _facts(process, group, "fanotify ino:"):
-                inode, device = (int(word.rpartition(":")[2], 16) for word in mark.split()[:2])
-                if (inode, device) in slots:
-                    return group, slots[inode, device]
+            for mark in marked(process / f"fdinfo/{group}"):
+                if mark in slots:
+                    return group, slots[mark]
     return None
-
-
-def _kernels(device: int) -> int:
-    """A device number as the kernel has it, and shows with marks."""
-    return os.major(device) << 20 | os.minor(device)
 
 
 def _facts(process: Path, number: int, key: str) -> list[str]:

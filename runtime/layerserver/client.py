@@ -295,7 +295,8 @@ class LayerClient:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_SECONDS)
                 rundir.tidy(self._run)
-                if not any_left(self._run, self._layers):  # it may have been killed before
+                # It may have been killed before, and have left readers.
+                if not any_left(self._run, self._layers, self.held):
                     keeper.stop(group_name(self._run))
         while (self._run / protocol.PID_FILE).exists() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)

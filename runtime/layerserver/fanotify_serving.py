@@ -11,16 +11,25 @@ well, so this process may be killed: readers wait for the next one.
 import hashlib
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import trio
 
 from runtime import keeper, linux
-from runtime.fanotify import Event, FileId, PreContentGroup, open_unwatched
+from runtime.fanotify import (
+    Event,
+    FileId,
+    PreContentGroup,
+    file_id,
+    marked,
+    open_unwatched,
+)
 from runtime.layerserver.protocol import Device
 from store.errors import StoreError
 from store.fetcher import Fetcher, Reading
+from store.lazy import is_complete
 
 log = logging.getLogger(__name__)
 
@@ -56,23 +65,30 @@ def any_mounted(run: Path) -> bool:
     return any(Path(mount.target).parent == run / "layers" for mount in mounts)
 
 
-def any_left(run: Path, layers: Path) -> bool:
+def any_left(run: Path, layers: Path, held: tuple[int, ...]) -> bool:
     """Whether an incomplete layer may still be read, by what is in its directory.
 
     Args:
         layers: the directory of all layers.
+        held: the group and its slots, if there is one.
     """
-    return any_mounted(run) or any(map(_is_read, layers.glob("*/present")))
+    if any_mounted(run):
+        return True
+    with ExitStack() as stack:
+        files = []
+        for present in layers.glob("*/present"):
+            with suppress(FileNotFoundError):  # it is complete, or gone
+                data = stack.enter_context(present.with_name("data").open("rb"))
+                files.append(data.fileno())
+        if any(map(linux.is_open_elsewhere, files)):
+            return True
+        return bool(held) and bool(_strays(held[0], [*files, held[1]]))
 
 
-def _is_read(present: Path) -> bool:
-    with suppress(FileNotFoundError):  # it is complete, or gone
-        descriptor = os.open(present.with_name("data"), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return linux.is_open_elsewhere(descriptor)
-        finally:
-            os.close(descriptor)
-    return False
+def _strays(group: int, known: Iterable[int]) -> set[FileId]:
+    """Marked files but for those of the descriptors ``known``. Of a layer that is in the store no
+    more, somebody has the file open: its mark goes with the last who has."""
+    return marked(Path(f"/proc/self/fdinfo/{group}")).difference(map(file_id, known))
 
 
 class FanotifyServing:
@@ -80,6 +96,7 @@ class FanotifyServing:
 
     Args:
         run: the server's run directory.
+        layers: the directory of all layers.
         found: the group of a server before, from ``find_group``.
 
     Raises:
@@ -88,8 +105,9 @@ class FanotifyServing:
 
     name = "fanotify"
 
-    def __init__(self, run: Path, found: PreContentGroup | None) -> None:
+    def __init__(self, run: Path, layers: Path, found: PreContentGroup | None) -> None:
         self._run = run
+        self._layers = layers
         self._fetchers: dict[FileId, Fetcher] = {}
         self._knows_all = False  # of the layers that were incomplete when this began
         self._room = trio.Event()
@@ -103,11 +121,16 @@ class FanotifyServing:
         """Whether a layer is mounted that is not complete, as far as is known, or was detached
         while somebody had a file of it open."""
         incomplete = [f.layer for f in self._fetchers.values() if not f.layer.complete]
-        if not incomplete and self._knows_all:
-            return False
-        return any_mounted(self._run) or any(
-            linux.is_open_elsewhere(layer.data_fd) for layer in incomplete
-        )
+        if (incomplete or not self._knows_all) and any_mounted(self._run):
+            return True
+        if any(linux.is_open_elsewhere(layer.data_fd) for layer in incomplete):
+            return True
+        return self._knows_all and bool(self._unknown())
+
+    def _unknown(self) -> set[FileId]:
+        """Files that are marked, though they are of no layer that was incomplete when this began
+        or has become so since."""
+        return _strays(self._group.fd, [self._group.slots_fd]).difference(self._fetchers)
 
     def unguarded(self) -> list[Fetcher]:
         """The layers that were mounted while nobody held the group: all holders were killed.
@@ -124,13 +147,20 @@ class FanotifyServing:
 
     def add(self, fetcher: Fetcher) -> None:
         """Mark the layer's file, before anybody mounts it."""
-        status = os.fstat(fetcher.layer.data_fd)
-        self._fetchers[FileId(status.st_dev, status.st_ino)] = fetcher
+        self._fetchers[file_id(fetcher.layer.data_fd)] = fetcher
         self._group.mark(fetcher.layer.data_fd)
 
     def completed(self, fetcher: Fetcher) -> None:
         """Take the mark away: the file is like any other now."""
         self._group.unmark(fetcher.layer.data_fd)
+
+    def _unmark_complete(self) -> None:
+        """A server before may have been killed when it had just completed a layer."""
+        unknown = self._unknown()
+        for path in self._layers.glob("*/data") if unknown else ():
+            with suppress(FileNotFoundError), path.open("rb") as data:
+                if file_id(data.fileno()) in unknown and is_complete(path.parent):
+                    self._group.unmark(data.fileno())
 
     def device(self, fetcher: Fetcher) -> Device:
         """The data file."""
@@ -139,6 +169,7 @@ class FanotifyServing:
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Answer events until cancelled."""
         self._knows_all = True
+        await trio.to_thread.run_sync(self._unmark_complete)
         async with trio.open_nursery() as nursery:
             for event in self._group.pending():
                 self._begin(event, nursery)

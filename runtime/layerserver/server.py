@@ -389,7 +389,7 @@ def _choose(
         fanotify.require(root)
     elif found is None and (why := fanotify.available(root)) is not None:
         return FuseServing(run, find), why
-    return FanotifyServing(run, found), ""
+    return FanotifyServing(run, root / "layers", found), ""
 
 
 def _patience(config: StoreConfig) -> Patience:

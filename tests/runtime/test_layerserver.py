@@ -19,10 +19,10 @@ import msgspec
 import pytest
 import trio
 
-from runtime import keeper, linux
+from runtime import fanotify, keeper, linux
 from runtime.layerserver import asked, client, fill, protocol, server
 from runtime.layerserver.client import LayerClient, LayerServerFailed
-from runtime.layerserver.fanotify_serving import group_name
+from runtime.layerserver.fanotify_serving import any_left, group_name
 from runtime.layerserver.protocol import (
     Configure,
     Device,
@@ -558,6 +558,44 @@ async def test_it_is_started_again(
         assert after > before
         await site.client.fetch(DIFF_ID, ((0, 100),))
         assert bytes_asked(front) == after
+
+
+@pytest.mark.logs("the layer server has died")
+async def test_who_reads_a_layer_that_was_removed_reads_no_zeros(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    """Its mark is all that tells the next server of that reader."""
+    async with served(tmp_path, front, name, "fanotify") as (site, image):
+        await site.client.device(DIFF_ID)  # as whoever mounts it
+        layers = site.root / "layers"
+        with (site.store.layers.present(DIFF_ID).directory / "data").open("rb") as file:
+            site.forget(image)
+            os.kill((await site.client.status()).pid, signal.SIGKILL)
+            await until(lambda: site.restarts == 2)
+            with pytest.raises(LayerServerFailed, match="in use"):
+                await site.client._ask(End())
+            assert any_left(site.run, layers, site.client.held)
+            with pytest.raises(OSError, match="Input/output error"):
+                await trio.to_thread.run_sync(file.read)
+        assert not any_left(site.run, layers, site.client.held)
+
+
+@pytest.mark.logs("the layer server has died")
+async def test_one_that_is_killed_when_it_has_completed_a_layer(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with served(tmp_path, front, name, "fanotify") as (site, _):
+        await site.client.device(DIFF_ID)
+        path = site.store.layers.present(DIFF_ID).directory / "data"
+        await site.client.complete(DIFF_ID)
+        with path.open("rb") as file:  # as just before the mark went
+            mark = (fanotify._MARK_ADD, fanotify._PRE_ACCESS, file.fileno(), None)
+            linux.fanotify_mark(site.client.held[0], *mark)
+        with path.open("rb") as file:
+            os.kill((await site.client.status()).pid, signal.SIGKILL)
+            await until(lambda: site.restarts == 2)
+            data = await trio.to_thread.run_sync(file.read)
+        assert FILES["large"] in data
 
 
 # Greets whoever listens, and dies over any other request.
