@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 
 # A daemon that was killed comes back sooner; else nobody needs this process.
 _GRACE_SECONDS = 10.0
-_LOOK_SECONDS = 0.1
+_LOOK_SECONDS = 0.5
 # Whoever has just pulled an image may list its files, which shows in no read. Listing one takes
 # the kernel and ls 20 µs, more where this process takes its part of the processor …
 _LISTING_SECONDS = 50e-6

@@ -84,6 +84,7 @@ class Site:
                 await self.client.end()
             for descriptor in self.client.held:
                 os.close(descriptor)
+            self.client.held = ()
             self.store.close()
 
     async def pull(self, reference: str, **request: Any) -> Image:

@@ -617,7 +617,7 @@ while True:
 """
 
 
-@pytest.mark.logs("the layer server has died")
+@pytest.mark.logs("the layer server has died|the layer server does not come up")
 async def test_one_that_dies_again_and_again_does_not_take_its_daemon_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
