@@ -229,6 +229,10 @@ class PreContentGroup:
         with suppress(FileNotFoundError):
             linux.fanotify_mark(self.fd, _MARK_REMOVE, _PRE_ACCESS, descriptor, None)
 
+    def marked(self) -> set[FileId]:
+        """The files that are marked. One without a name is as long as somebody has it open."""
+        return marks(Path(f"/proc/self/fdinfo/{self.fd}")) - {file_id(self.slots_fd)}
+
     def pending(self) -> list[Event]:
         """Events that are not answered; at first, those that the predecessor left."""
         with self._lock:
@@ -330,8 +334,8 @@ class PreContentGroup:
             os.close(descriptor)
 
 
-def marked(group: Path) -> set[FileId]:
-    """The files that are marked in a group. One without a name stays as long as it is open.
+def marks(group: Path) -> set[FileId]:
+    """The files that are marked in a group, its own slots among them.
 
     Args:
         group: its descriptor's file in ``/proc/PID/fdinfo``.
@@ -339,11 +343,11 @@ def marked(group: Path) -> set[FileId]:
     Raises:
         OSError: the process or the descriptor is gone.
     """
-    marks = [line for line in group.read_text().splitlines() if line.startswith("fanotify ino:")]
     found = set()
-    for mark in marks:
-        inode, device = (int(word.partition(":")[2], 16) for word in mark.split()[1:3])
-        found.add(FileId(os.makedev(device >> 20, device & 0xFFFFF), inode))
+    for line in group.read_text().splitlines():
+        if line.startswith("fanotify ino:"):
+            inode, device = (int(word.partition(":")[2], 16) for word in line.split()[1:3])
+            found.add(FileId(os.makedev(device >> 20, device & 0xFFFFF), inode))
     return found
 
 

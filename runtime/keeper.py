@@ -21,7 +21,7 @@ from pathlib import Path
 from runtime import linux, notify
 from runtime.cgroups import Cgroup, freezer
 from runtime.errors import RuntimeFailure
-from runtime.fanotify import CLASS_PRE_CONTENT, FileId, PreContentGroup, marked
+from runtime.fanotify import CLASS_PRE_CONTENT, FileId, PreContentGroup, file_id, marks
 from runtime.oci import find_program
 from runtime.processes import command_line, identify
 
@@ -112,6 +112,19 @@ def find(name: str) -> list[int]:
     return [pid for pid in pids if pid != os.getpid() and _held(pid, name)]
 
 
+def marked(name: str) -> set[FileId]:
+    """The files that are marked in the group whose memory file has this name, as ``find``."""
+    for pid in find(name):
+        taken = take(pid, name)
+        if taken:
+            try:
+                return marks(Path(f"/proc/self/fdinfo/{taken[0]}")) - {file_id(taken[1])}
+            finally:
+                for descriptor in taken:
+                    os.close(descriptor)
+    return set()
+
+
 def take(pid: int, name: str) -> tuple[int, int] | None:
     """Duplicates of a holder's descriptors, for PreContentGroup.adopt().
 
@@ -164,7 +177,7 @@ def _held(pid: int, name: str) -> tuple[int, int] | None:
                     groups.append(number)
         # A service manager may hold those of several daemons.
         for group in groups if slots else ():
-            for mark in marked(process / f"fdinfo/{group}"):
+            for mark in marks(process / f"fdinfo/{group}"):
                 if mark in slots:
                     return group, slots[mark]
     return None

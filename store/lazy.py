@@ -29,7 +29,7 @@ import struct
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -211,17 +211,35 @@ class LazyLayer:
         self.complete = False
         self._inflater = Inflater(self.table, self.read_blob)
         self._lock = threading.Lock()
-        with storage(f"opening the layer in {directory}"):
-            self.data_fd = open_data(directory / "data")
-            self._blob = _open(directory / "blob")
-            with (directory / _PRESENT).open("r+b") as file:
-                self.identity = os.fstat(file.fileno()).st_ino
-                self._present = mmap.mmap(file.fileno(), 0)
-        if len(self._present) != _HEAD.size + self.table.spans or self._present[:8] != MAGIC:
-            raise CorruptContent(f"{directory}/present is damaged; pull the image again")
-        if self._present[8:24] != _boot_id():
-            self._recheck()
-        self._count()
+        with ExitStack() as opened:
+            opened.callback(self.table.close)
+            with storage(f"opening the layer in {directory}"):
+                self.data_fd = open_data(directory / "data")
+                opened.callback(os.close, self.data_fd)
+                self._blob = _open(directory / "blob")
+                opened.callback(os.close, self._blob)
+                self._present = opened.enter_context(self._map_present())
+            self._check_size("data", self.data_fd, self.table.data_size)
+            self._check_size("blob", self._blob, self.table.blob_size)
+            if self._present[8:24] != _boot_id():
+                self._recheck()
+            self._count()
+            self._opened = opened.pop_all()
+
+    def _map_present(self) -> mmap.mmap:
+        with (self.directory / _PRESENT).open("r+b") as file:
+            status = os.fstat(file.fileno())
+            self.identity = status.st_ino
+            if status.st_size == _HEAD.size + self.table.spans and file.read(8) == MAGIC:
+                return mmap.mmap(file.fileno(), 0)
+        raise self._damaged(_PRESENT)
+
+    def _check_size(self, name: str, descriptor: int, size: int) -> None:
+        if os.fstat(descriptor).st_size != size:  # what is missing would read as zeros
+            raise self._damaged(name)
+
+    def _damaged(self, name: str) -> CorruptContent:
+        return CorruptContent(f"{self.directory}/{name} is damaged; pull the image again")
 
     def _count(self) -> None:
         states = self._present[_HEAD.size :]
@@ -464,10 +482,7 @@ class LazyLayer:
 
     def close(self) -> None:
         """Let go of the files."""
-        self.table.close()
-        self._present.close()
-        os.close(self.data_fd)
-        os.close(self._blob)
+        self._opened.close()
 
 
 def settle(directory: Path, cas: Cas) -> bool:

@@ -296,7 +296,7 @@ class LayerClient:
                 self._process.wait(_END_SECONDS)
                 rundir.tidy(self._run)
                 # It may have been killed before, and have left readers.
-                if not any_left(self._run, self._layers, self.held):
+                if not any_left(self._run, self._layers):
                     keeper.stop(group_name(self._run))
         while (self._run / protocol.PID_FILE).exists() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)

@@ -11,21 +11,15 @@ well, so this process may be killed: readers wait for the next one.
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import trio
 
 from runtime import keeper, linux
-from runtime.fanotify import (
-    Event,
-    FileId,
-    PreContentGroup,
-    file_id,
-    marked,
-    open_unwatched,
-)
+from runtime.fanotify import Event, FileId, PreContentGroup, file_id, open_unwatched
 from runtime.layerserver.protocol import Device
 from store.errors import StoreError
 from store.fetcher import Fetcher, Reading
@@ -65,30 +59,32 @@ def any_mounted(run: Path) -> bool:
     return any(Path(mount.target).parent == run / "layers" for mount in mounts)
 
 
-def any_left(run: Path, layers: Path, held: tuple[int, ...]) -> bool:
-    """Whether an incomplete layer may still be read, by what is in its directory.
+def any_left(run: Path, layers: Path) -> bool:
+    """Whether an incomplete layer may still be read, though no server knows of it.
 
     Args:
         layers: the directory of all layers.
-        held: the group and its slots, if there is one.
     """
-    if any_mounted(run):
-        return True
-    with ExitStack() as stack:
-        files = []
-        for present in layers.glob("*/present"):
-            with suppress(FileNotFoundError):  # it is complete, or gone
-                data = stack.enter_context(present.with_name("data").open("rb"))
-                files.append(data.fileno())
-        if any(map(linux.is_open_elsewhere, files)):
+    return any_mounted(run) or _any_open(keeper.marked(group_name(run)), layers)
+
+
+def _any_open(files: set[FileId], layers: Path) -> bool:
+    """Whether somebody has one of these marked files open. Of one that is in the store no more
+    somebody has, or its mark would be gone."""
+    gone = set(files)
+    for data in _data_files(files, layers):
+        if linux.is_open_elsewhere(data.fileno()):
             return True
-        return bool(held) and bool(_strays(held[0], [*files, held[1]]))
+        gone.remove(file_id(data.fileno()))
+    return bool(gone)
 
 
-def _strays(group: int, known: Iterable[int]) -> set[FileId]:
-    """Marked files but for those of the descriptors ``known``. Of a layer that is in the store no
-    more, somebody has the file open: its mark goes with the last who has."""
-    return marked(Path(f"/proc/self/fdinfo/{group}")).difference(map(file_id, known))
+def _data_files(files: set[FileId], layers: Path) -> Iterator[BinaryIO]:
+    """Those of these files that are data files in the store, open. Reading them may wait."""
+    for path in layers.glob("*/data") if files else ():
+        with suppress(FileNotFoundError), path.open("rb") as data:
+            if file_id(data.fileno()) in files:
+                yield data
 
 
 class FanotifyServing:
@@ -125,12 +121,11 @@ class FanotifyServing:
             return True
         if any(linux.is_open_elsewhere(layer.data_fd) for layer in incomplete):
             return True
-        return self._knows_all and bool(self._unknown())
+        return self._knows_all and _any_open(self._unknown(), self._layers)
 
     def _unknown(self) -> set[FileId]:
-        """Files that are marked, though they are of no layer that was incomplete when this began
-        or has become so since."""
-        return _strays(self._group.fd, [self._group.slots_fd]).difference(self._fetchers)
+        """Files that a server before has marked, and that are of no layer now that is served."""
+        return self._group.marked().difference(self._fetchers)
 
     def unguarded(self) -> list[Fetcher]:
         """The layers that were mounted while nobody held the group: all holders were killed.
@@ -156,11 +151,9 @@ class FanotifyServing:
 
     def _unmark_complete(self) -> None:
         """A server before may have been killed when it had just completed a layer."""
-        unknown = self._unknown()
-        for path in self._layers.glob("*/data") if unknown else ():
-            with suppress(FileNotFoundError), path.open("rb") as data:
-                if file_id(data.fileno()) in unknown and is_complete(path.parent):
-                    self._group.unmark(data.fileno())
+        for data in _data_files(self._unknown(), self._layers):
+            if is_complete(Path(data.name).parent):
+                self._group.unmark(data.fileno())
 
     def device(self, fetcher: Fetcher) -> Device:
         """The data file."""

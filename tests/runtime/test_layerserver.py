@@ -574,10 +574,27 @@ async def test_who_reads_a_layer_that_was_removed_reads_no_zeros(
             await until(lambda: site.restarts == 2)
             with pytest.raises(LayerServerFailed, match="in use"):
                 await site.client._ask(End())
-            assert any_left(site.run, layers, site.client.held)
+            assert any_left(site.run, layers)
             with pytest.raises(OSError, match="Input/output error"):
                 await trio.to_thread.run_sync(file.read)
-        assert not any_left(site.run, layers, site.client.held)
+        assert not any_left(site.run, layers)
+
+
+@pytest.mark.logs("the layer server has died")
+@pytest.mark.parametrize("file", ["present", "spans", "lazy.json", "data", "blob"])
+async def test_a_layer_that_is_damaged_stands_in_nobodys_way(
+    tmp_path: Path, front: Proxy, name: str, file: str
+) -> None:
+    async with served(tmp_path, front, name, "fanotify") as (site, _):
+        await site.client.device(DIFF_ID)
+        os.kill((await site.client.status()).pid, signal.SIGKILL)
+        path = site.store.layers.present(DIFF_ID).directory / file
+        path.unlink()
+        path.touch()
+        await until(lambda: site.restarts == 2)
+        assert (await site.client.status()).layers == {}
+        with pytest.raises(LayerServerFailed, match="pull the image again"):
+            await site.client.begin(DIFF_ID)
 
 
 @pytest.mark.logs("the layer server has died")
