@@ -390,7 +390,7 @@ class Layers:
                 self._damaged |= {diff_id}
         if wrong:
             raise CorruptContent(
-                f"{wrong} of the unpacked layer {diff_id} is missing or has a wrong size; "
+                f"{wrong} of the unpacked layer {diff_id} is missing or damaged; "
                 "pull the image again"
             )
         return layer
@@ -619,13 +619,15 @@ def _record(
 
 
 def _wrong_file(layer: Layer) -> str:
-    """The name of a file that is not as it was written; empty if all are, by their sizes."""
+    """The name of a file that can't be as it was written; empty if all can, by their sizes."""
     if layer.data_size and _size(layer.directory / "data") != layer.data_size:
         return "data"
     wanted = layer.record.index_size or max(1, _size(layer.index))
     if _size(layer.index) != wanted:
         return "index"
-    return "" if _fits(layer.directory / "meta.erofs", layer.data) else "meta.erofs"
+    if not _fits(layer.directory / "meta.erofs", layer.data):
+        return "meta.erofs"
+    return lazy.wrong_file(layer.directory) if layer.record.lazy else ""
 
 
 def _fits(meta: Path, data: Path | None) -> bool:

@@ -55,6 +55,7 @@ _HEAD = struct.Struct("<8s16sQ")
 
 # What ``present`` says of a span that is here.
 _HERE, _BORROWED, _CONTENTS = 1, 2, 3
+_STATES = b"\0\1\2\3"
 _KEPT = re.compile(b"[\1\2]")
 _NOT_KEPT = re.compile(b"[\0\3]")
 
@@ -131,6 +132,32 @@ def read_record(directory: Path) -> LazyRecord:
         ) from None
 
 
+def wrong_file(directory: Path) -> str:
+    """The name of a file of a lazy layer that can't be as it was written; empty if there is none. A
+    blob that is missing may be on its way to the store's content."""
+    if is_complete(directory):
+        return _PRESENT if (directory / "blob").exists() else ""
+    try:
+        read_record(directory)
+    except CorruptContent:
+        return "lazy.json"
+    try:
+        table = SpanTable(directory / "spans")
+    except CorruptContent:
+        return "spans"
+    table.close()
+    for name, size in (("data", table.data_size), ("blob", table.blob_size)):
+        with suppress(FileNotFoundError):
+            if (directory / name).stat().st_size != size:  # what is missing would read as zeros
+                return name
+    with suppress(FileNotFoundError):
+        present = (directory / _PRESENT).read_bytes()
+        states = present[_HEAD.size :]
+        if present[:8] != MAGIC or len(states) != table.spans or states.translate(None, _STATES):
+            return _PRESENT
+    return ""
+
+
 def prepare(
     directory: Path, record: LazyRecord, data_size: int, known: Sequence[tuple[int, bytes]]
 ) -> None:
@@ -204,6 +231,10 @@ class LazyLayer:
     def __init__(
         self, directory: Path, diff_id: Digest, open_data: Callable[[Path], int] = _open
     ) -> None:
+        if wrong := wrong_file(directory):
+            raise CorruptContent(
+                f"{wrong} of the layer in {directory} is missing or damaged; pull the image again"
+            )
         self.directory = directory
         self.diff_id = diff_id
         self.record = read_record(directory)
@@ -219,8 +250,6 @@ class LazyLayer:
                 self._blob = _open(directory / "blob")
                 opened.callback(os.close, self._blob)
                 self._present = opened.enter_context(self._map_present())
-            self._check_size("data", self.data_fd, self.table.data_size)
-            self._check_size("blob", self._blob, self.table.blob_size)
             if self._present[8:24] != _boot_id():
                 self._recheck()
             self._count()
@@ -228,18 +257,8 @@ class LazyLayer:
 
     def _map_present(self) -> mmap.mmap:
         with (self.directory / _PRESENT).open("r+b") as file:
-            status = os.fstat(file.fileno())
-            self.identity = status.st_ino
-            if status.st_size == _HEAD.size + self.table.spans and file.read(8) == MAGIC:
-                return mmap.mmap(file.fileno(), 0)
-        raise self._damaged(_PRESENT)
-
-    def _check_size(self, name: str, descriptor: int, size: int) -> None:
-        if os.fstat(descriptor).st_size != size:  # what is missing would read as zeros
-            raise self._damaged(name)
-
-    def _damaged(self, name: str) -> CorruptContent:
-        return CorruptContent(f"{self.directory}/{name} is damaged; pull the image again")
+            self.identity = os.fstat(file.fileno()).st_ino
+            return mmap.mmap(file.fileno(), 0)
 
     def _count(self) -> None:
         states = self._present[_HEAD.size :]

@@ -221,11 +221,13 @@ class SpanTable:
         in_order: a span can be inflated only after all before it.
 
     Raises:
-        CorruptContent: the file is no such table, or cut short.
+        CorruptContent: the file is no such table, cut short, or missing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.exists():
+            raise self._corrupt()
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < _HEAD.size:
@@ -248,7 +250,8 @@ class SpanTable:
 
     def _corrupt(self) -> CorruptContent:
         return CorruptContent(
-            f"the span table {self.path} is damaged or of another version; pull the image again"
+            f"the span table {self.path} is missing, damaged or of another version; "
+            "pull the image again"
         )
 
     def close(self) -> None:

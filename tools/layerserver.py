@@ -41,6 +41,9 @@ def main() -> int:
     except CtrfsError as error:
         log.error("%s", error.sentence)
         return 1
+    except Exception:
+        log.exception("the layer server failed")
+        return 1
     return 0
 
 

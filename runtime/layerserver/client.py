@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 # A Python process takes a quarter of a second to come up, some more on a busy machine.
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.01
+# Before one that dies as soon as it is started is started again.
+_PAUSE_SECONDS = 1.0
 _END_SECONDS = 5.0
 _HINT_SECONDS = 1.0
 
@@ -218,15 +220,18 @@ class LayerClient:
     async def _listening(self) -> trio.SocketStream:
         """A connection that brings news, of a server that is started if there is none."""
         deadline = trio.current_time() + _START_SECONDS
+        pause = trio.current_time()
         while True:
             try:
                 stream = self._connect()
                 if await self._is_greeted(stream):
                     return stream
             except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
-                if self._process is None or self._process.poll() is not None:
+                is_there = self._process is not None and self._process.poll() is None
+                if not is_there and trio.current_time() >= pause:
                     self._process = await trio.to_thread.run_sync(self._start)
-                elif trio.current_time() > deadline:
+                    pause = trio.current_time() + _PAUSE_SECONDS
+                if trio.current_time() > deadline:
                     log.error("the layer server does not come up: %s", error)
                     deadline += _START_SECONDS
             await trio.sleep(_POLL_SECONDS)

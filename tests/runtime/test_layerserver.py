@@ -1,6 +1,7 @@
 """The layer server: what it answers, what it tells, how it fills, and when it ends."""
 
 import errno
+import itertools
 import os
 import random
 import re
@@ -580,21 +581,35 @@ async def test_who_reads_a_layer_that_was_removed_reads_no_zeros(
         assert not any_left(site.run, layers)
 
 
-@pytest.mark.logs("the layer server has died")
-@pytest.mark.parametrize("file", ["present", "spans", "lazy.json", "data", "blob"])
+@pytest.mark.logs("the layer server has died|is missing or damaged")
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        *itertools.product(["present", "spans", "lazy.json", "data", "blob"], ["empty", "gone"]),
+        *itertools.product(["present", "spans", "lazy.json"], ["ones"]),
+    ],
+)
 async def test_a_layer_that_is_damaged_stands_in_nobodys_way(
-    tmp_path: Path, front: Proxy, name: str, file: str
+    tmp_path: Path, front: Proxy, name: str, file: str, how: str
 ) -> None:
-    async with served(tmp_path, front, name, "fanotify") as (site, _):
+    async with served(tmp_path, front, name, "fanotify") as (site, image):
         await site.client.device(DIFF_ID)
         os.kill((await site.client.status()).pid, signal.SIGKILL)
         path = site.store.layers.present(DIFF_ID).directory / file
+        size = path.stat().st_size
         path.unlink()
-        path.touch()
+        if how != "gone":
+            path.write_bytes(b"\xff" * size if how == "ones" else b"")
         await until(lambda: site.restarts == 2)
         assert (await site.client.status()).layers == {}
-        with pytest.raises(LayerServerFailed, match="pull the image again"):
-            await site.client.begin(DIFF_ID)
+        if (file, how) == ("blob", "gone"):  # as while a layer is completed
+            with pytest.raises(LayerServerFailed, match="No such file"):
+                await site.client.begin(DIFF_ID)
+            return
+        again = await site.pull(image.name)
+        await site.client.complete(DIFF_ID)
+        assert site.store.percent(again) is None
+        assert FILES["large"] in (path.parent / "data").read_bytes()
 
 
 @pytest.mark.logs("the layer server has died")

@@ -341,7 +341,7 @@ async def test_layers_and_configurations_that_are_too_long_are_not_asked_for(
     assert not proxy.paths("/blobs/")
 
 
-@pytest.mark.logs(r"missing or has a wrong size")
+@pytest.mark.logs(r"is missing or damaged")
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_a_damaged_layer_is_mended(
     store: Store, proxy: Proxy, big: Pushed, noticed: bool
