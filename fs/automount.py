@@ -63,15 +63,22 @@ class Automounts:
                 self._mounted[node.key] = _Mounted(node, target, content_id)
 
     async def unmount_below(self, path: str) -> bool:
-        """Unmount all at and below a path of the tree; False if some of it is in use."""
+        """Unmount all at and below a path of the tree; False if some of it is in use.
+
+        The caller may answer a process for which the kernel has locked directories on the way, as
+        rmdir(2) does. So this neither looks for a mount that is gone, which the kernel could not
+        find without those locks, nor waits for who may be looking.
+        """
         for key, target in self._below(path):
-            async with self._lock(key):
+            lock = self._lock(key)
+            if lock.locked():
+                return False
+            async with lock:
                 try:
-                    await trio.to_thread.run_sync(linux.umount, target)
+                    await trio.to_thread.run_sync(_unmount, target)
                 except OSError as error:
-                    if await trio.to_thread.run_sync(linux.is_mountpoint, target):
-                        log.debug("%s stays mounted: %s", target, error)
-                        return False
+                    log.debug("%s stays mounted: %s", target, error)
+                    return False
                 self._mounted.pop(key, None)
         return True
 
@@ -116,3 +123,9 @@ class Automounts:
     def _lock(self, key: Hashable) -> trio.Lock:
         """One for each node, as long as somebody uses it."""
         return self._locks.setdefault(key, trio.Lock())
+
+
+def _unmount(target: str) -> None:
+    """Unmount a target if it is mounted. Raises OSError: it is in use."""
+    if any(mount.target == target for mount in linux.mounts()):
+        linux.umount(target)

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from runtime import linux
 from tests.support.layouts import OciLayout, tar_of
 from tests.support.mount import Mount
 
@@ -44,6 +46,62 @@ def test_directories_of_a_removed_image(mount: Mount, layout: OciLayout) -> None
         assert "internal error" not in stat_anew(descriptor).stderr
         os.close(descriptor)
     assert mount.read("version")
+
+
+def remove_or_give_up(mount: Mount, image: Path) -> None:
+    """rmdir(2) in a process of its own; what hangs would keep the test from ending."""
+    remover = subprocess.Popen(["rmdir", image])
+    try:
+        assert remover.wait(10) == 0
+    except subprocess.TimeoutExpired:
+        subprocess.run(["umount", "-f", mount.path], check=True)
+        remover.wait()
+        raise
+
+
+def test_an_image_whose_rootfs_was_unmounted_by_hand(mount: Mount, layout: OciLayout) -> None:
+    """The kernel, which has locked the image's directory for rmdir, does not know its rootfs any
+    more, so nobody may look that up now."""
+    mount.pull(f"oci:{layout.path}:two as=localhost/by-hand:1")
+    image = mount.path / "images/localhost/by-hand:1"
+    assert (image / "rootfs/etc/a").read_bytes() == b"a"
+    linux.umount(str(image / "rootfs"))
+    Path("/proc/sys/vm/drop_caches").write_text("2")
+    remove_or_give_up(mount, image)
+    assert not image.exists()
+
+
+def test_images_that_come_and_go_while_their_files_are_looked_at(
+    mount: Mount, layout: OciLayout
+) -> None:
+    name = "localhost/comes-and-goes:1"
+    image = mount.path / "images" / name
+    script = """
+        end=$(($(date +%s) + 2))
+        look() { while [ $(date +%s) -lt $end ]; do ls "$1/rootfs/etc"; done; }
+        look "$1" & look "$1" & look "$1" &
+        while [ $(date +%s) -lt $end ]; do
+            echo "$2" > "$3/images/pull"
+            rmdir "$1" && echo removed
+        done
+        wait
+    """
+    worker = subprocess.Popen(
+        ["bash", "-c", script, "bash", image, f"oci:{layout.path}:two as={name}", mount.path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        output, _ = worker.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        subprocess.run(["umount", "-f", mount.path], check=True)
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.communicate()
+        raise
+    assert output.count(b"removed") > 10
+    mount.pull(f"oci:{layout.path}:two as={name}")
+    assert (image / "rootfs/etc/a").read_bytes() == b"a"
 
 
 def test_a_layer_that_the_new_image_has_not(mount: Mount, layout: OciLayout) -> None:
