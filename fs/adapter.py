@@ -403,6 +403,7 @@ class Adapter(pyfuse3.Operations):
             if not isinstance(child, Directory):
                 raise FUSEError(errno.ENOTDIR)
             await parent.rmdir(_text(name))
+            self.inodes.retire(child)
             return
 
     async def rename(

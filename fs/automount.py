@@ -4,15 +4,16 @@ An image's rootfs is a directory of the tree whose content the kernel serves: th
 use mounts it, and it is unmounted when nobody has used it for a while.
 """
 
+import errno
 import logging
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 import trio
 
-from fs.nodes import Mountpoint
+from fs.nodes import Mountpoint, refuse
 from runtime import linux
 from store.errors import CtrfsError
 
@@ -48,6 +49,8 @@ class Automounts:
         self._mountpoint = mountpoint.rstrip("/")
         self._locks: WeakValueDictionary[Hashable, trio.Lock] = WeakValueDictionary()
         self._mounted: dict[Hashable, _Mounted] = {}
+        self._mounting: set[str] = set()  # targets
+        self._closed: set[str] = set()  # paths at and below which nothing is mounted
 
     async def mount(self, node: Mountpoint) -> None:
         """Mount the content of the node unless it is there already.
@@ -55,12 +58,28 @@ class Automounts:
         Raises:
             CtrfsError: it cannot be mounted.
         """
-        target = f"{self._mountpoint}/{node.path}"
+        target = self._target(node.path)
         async with self._lock(node.key):
-            if not await trio.to_thread.run_sync(linux.is_mountpoint, target):
-                content_id = node.content_id()
-                await node.mount_at(target)
-                self._mounted[node.key] = _Mounted(node, target, content_id)
+            if any(_is_below(target, path) for path in self._closed):
+                refuse("it is being removed", errno.EBUSY)
+            self._mounting.add(target)
+            try:
+                if not await trio.to_thread.run_sync(linux.is_mountpoint, target):
+                    content_id = node.content_id()
+                    await node.mount_at(target)
+                    self._mounted[node.key] = _Mounted(node, target, content_id)
+            finally:
+                self._mounting.remove(target)
+
+    @contextmanager
+    def closed(self, path: str) -> Iterator[None]:
+        """While something is removed, nothing is mounted at or below its path."""
+        target = self._target(path)
+        self._closed.add(target)
+        try:
+            yield
+        finally:
+            self._closed.remove(target)
 
     async def unmount_below(self, path: str) -> bool:
         """Unmount all at and below a path of the tree; False if some of it is in use.
@@ -69,6 +88,8 @@ class Automounts:
         rmdir(2) does. So this neither looks for a mount that is gone, which the kernel could not
         find without those locks, nor waits for who may be looking.
         """
+        if any(_is_below(target, self._target(path)) for target in self._mounting):
+            return False
         for key, target in self._below(path):
             lock = self._lock(key)
             if lock.locked():
@@ -104,12 +125,15 @@ class Automounts:
                     del self._mounted[key]
 
     def _below(self, path: str) -> list[tuple[Hashable, str]]:
-        prefix = f"{self._mountpoint}/{path}".rstrip("/")
+        top = self._target(path)
         return [
             (key, mounted.target)
             for key, mounted in self._mounted.items()
-            if mounted.target == prefix or mounted.target.startswith(prefix + "/")
+            if _is_below(mounted.target, top)
         ]
+
+    def _target(self, path: str) -> str:
+        return f"{self._mountpoint}/{path}".rstrip("/")
 
     async def run(self) -> None:
         """Unmount what has not been used, until cancelled."""
@@ -123,6 +147,11 @@ class Automounts:
     def _lock(self, key: Hashable) -> trio.Lock:
         """One for each node, as long as somebody uses it."""
         return self._locks.setdefault(key, trio.Lock())
+
+
+def _is_below(target: str, top: str) -> bool:
+    """Whether a path is ``top`` or below it."""
+    return target == top or target.startswith(top + "/")
 
 
 def _unmount(target: str) -> None:

@@ -156,9 +156,11 @@ class Namespace(Directory):
             return
         if not node.complete:
             refuse(f"{node.full_name} is being pulled", errno.EBUSY)
-        if not await self.context.automounts.unmount_below(node.path):
-            refuse(f"files of {node.full_name} are in use", errno.EBUSY)
-        await trio.to_thread.run_sync(self.context.store.forget_image, node.full_name)
+        automounts = self.context.automounts
+        with automounts.closed(node.path):
+            if not await automounts.unmount_below(node.path):
+                refuse(f"files of {node.full_name} are in use", errno.EBUSY)
+            await trio.to_thread.run_sync(self.context.store.forget_image, node.full_name)
 
 
 class DigestLink(FixedLink):

@@ -60,4 +60,21 @@ class Inodes:
             return
         node = self._nodes.pop(number)
         del self._lookups[number]
-        del self._numbers[node.key]
+        if self._numbers.get(node.key) == number:
+            del self._numbers[node.key]
+
+    def retire(self, node: Node) -> None:
+        """The node was removed: another with its key is not it, nor is what is in that. To the
+        kernel a directory that was removed stays dead as long as somebody holds it."""
+        gone = [key for key in self._numbers if _is_within(key, node.key)]
+        for key in gone:
+            del self._numbers[key]
+
+
+def _is_within(key: Hashable, top: Hashable) -> bool:
+    """Whether a key is ``top`` or that of something in it (``Node.identity``)."""
+    while key != top:
+        if not isinstance(key, tuple):
+            return False
+        key = key[0]
+    return True

@@ -48,6 +48,22 @@ def test_directories_of_a_removed_image(mount: Mount, layout: OciLayout) -> None
     assert mount.read("version")
 
 
+def test_an_image_that_comes_again_while_its_directory_is_held(
+    mount: Mount, layout: OciLayout
+) -> None:
+    """To the kernel a directory that was removed is dead as long as somebody holds it."""
+    image = mount.path / "images/localhost/again:1"
+    held = []
+    for wanted in ("one", "two"):
+        mount.pull(f"oci:{layout.path}:{wanted} as=localhost/again:1")
+        assert mount.read("images/localhost/again:1/state") == "complete"
+        assert len(os.listdir(image / "layers")) == len(os.listdir(image / "rootfs/etc")) + 1
+        held += [os.open(path, os.O_RDONLY) for path in (image, image / "layers")]
+        image.rmdir()
+    for descriptor in held:
+        os.close(descriptor)
+
+
 def remove_or_give_up(mount: Mount, image: Path) -> None:
     """rmdir(2) in a process of its own; what hangs would keep the test from ending."""
     remover = subprocess.Popen(["rmdir", image])
