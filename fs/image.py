@@ -292,6 +292,7 @@ class ImageRootfs(RootfsView):
     used, without set-user-ID and devices, and unmounted when they are not."""
 
     name = "rootfs"
+    parent: "ImageDirectory"
 
     def content_id(self) -> Hashable:
         """The layers, and which of them are still fetched."""
@@ -300,6 +301,8 @@ class ImageRootfs(RootfsView):
 
     def layers(self) -> tuple[LayerImage, ...]:
         """All layers, bottom first."""
+        if not self.parent.complete:
+            refuse("the image is being pulled; its files are here when it is", errno.EBUSY)
         return self.parent.context.store.rootfs_layers(self.parent.image)
 
 

@@ -87,24 +87,35 @@ class Slots:
             await trio.sleep(left)
 
 
+@dataclass(slots=True)
+class _Failure:
+    """Somebody has waited in vain; ``told`` are the processes that know."""
+
+    until: float
+    error: StoreError
+    told: set[int]
+
+
 class _GivenUp:
-    """What readers waited for in vain a moment ago, and why."""
+    """The spans that readers waited for in vain a moment ago."""
 
     def __init__(self) -> None:
-        self._errors: dict[int, tuple[float, StoreError]] = {}
+        self._failures: dict[int, _Failure] = {}
 
-    def add(self, spans: Iterable[int], error: StoreError) -> None:
-        """Somebody has waited for these."""
+    def add(self, spans: Iterable[int], error: StoreError, pid: int) -> None:
+        """A process has waited for these."""
         now = trio.current_time()
-        self._errors = {n: e for n, e in self._errors.items() if e[0] > now}
-        self._errors.update(dict.fromkeys(spans, (now + AGAIN_SECONDS, error)))
+        self._failures = {
+            n: failure for n, failure in self._failures.items() if failure.until > now
+        }
+        failure = _Failure(now + AGAIN_SECONDS, error, {pid})
+        self._failures.update(dict.fromkeys(spans, failure))
 
-    def check(self, spans: Iterable[int]) -> None:
-        """Raises StoreError: one of these need not be waited for."""
-        for number in spans:
-            until, error = self._errors.get(number, (-math.inf, None))
-            if error is not None and trio.current_time() < until:
-                raise error
+    def find(self, spans: Iterable[int]) -> _Failure | None:
+        """Why one of these need not be waited for."""
+        now = trio.current_time()
+        found = (self._failures.get(number) for number in spans)
+        return next((failure for failure in found if failure and now < failure.until), None)
 
 
 @dataclass(slots=True)
@@ -202,14 +213,19 @@ class Fetcher:
             StoreError: they can't be had within the time that readers wait, or could not a moment
                 ago.
         """
-        self._given_up.check(missing)
+        known = self._given_up.find(missing)
+        if known is not None:
+            if reading.pid not in known.told:
+                known.told.add(reading.pid)
+                self._failed(self.layer.diff_id, known.error, reading)
+            raise known.error
         try:
             if self.layer.table.in_order:
                 await self._need_all(missing, False, lambda: self.layer.fetched)
             else:
                 await self._need(missing)
         except StoreError as error:
-            self._given_up.add(missing, error)
+            self._given_up.add(missing, error, reading.pid)
             self._failed(self.layer.diff_id, error, reading)
             raise
 

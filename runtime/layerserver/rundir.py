@@ -60,6 +60,8 @@ def tidy(run: Path) -> None:
         path.rmdir()
     (run / protocol.CONFIG).unlink(missing_ok=True)
     (run / protocol.PID_FILE).unlink(missing_ok=True)
+    with suppress(OSError):  # a daemon is there, which removes it
+        run.rmdir()
 
 
 def _unmount(path: Path) -> None:

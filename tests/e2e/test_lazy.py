@@ -588,6 +588,7 @@ def test_who_reads_on_after_umount_reads_no_zeros(
     if (method, when) == ("fanotify", "later"):  # a server waits some seconds for the next daemon
         until(lambda: not mount.layer_servers(), 30.0)
         assert keeper.find(group_name(mount.run)) == []
+        assert not mount.run.exists()
 
 
 @pytest.mark.logs("a killed daemon left")

@@ -40,6 +40,7 @@ class Site:
         self.root = directory / "root"
         self.run = directory / "run"
         self.run.mkdir(exist_ok=True)
+        (self.run / "pid").touch()  # as of a daemon
         settings = LazyConfig(
             method=method or layers.chosen or "auto",
             **{"read_seconds": 2.0, "fill": False, **lazy},
@@ -112,7 +113,7 @@ class Site:
     def left(self) -> list[str]:
         """Files in the run directory, and mounts below it."""
         mounts = [mount.target for mount in linux.mounts() if str(self.run) in mount.target]
-        return sorted(os.listdir(self.run)) + mounts
+        return sorted({*os.listdir(self.run)} - {"pid"}) + mounts
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

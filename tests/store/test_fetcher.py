@@ -16,7 +16,7 @@ from store import lazy
 from store.cas import Digest
 from store.config import StoreConfig
 from store.errors import DigestMismatch, InvalidLayer, NotLazy, RegistryTimeout, StoreError
-from store.fetcher import AGAIN_SECONDS, Slots
+from store.fetcher import AGAIN_SECONDS, Reading, Slots
 from store.index import Entry
 from store.lazy import LazyLayer, LazyRecord
 from store.manifest import Descriptor
@@ -218,6 +218,12 @@ async def test_no_reader_hangs_longer_than_its_time(place: Place, proxy: Proxy) 
                 await fetcher.read(0, 10)
         assert trio.current_time() - begin < 0.9
         assert len(place.failures) == 1
+        spans = fetcher.layer.table.spans_for(0, 10)
+        for pid in (7, 8, 7):  # others wait no longer either, but are told
+            with pytest.raises(RegistryTimeout):
+                await fetcher.wait(fetcher.want(spans), Reading(0, pid))
+        assert trio.current_time() - begin < 0.9
+        assert len(place.failures) == 3
         proxy.heal()
         await trio.sleep(AGAIN_SECONDS)
         assert await fetcher.read(0, 10) == place.made.data[:10]
