@@ -106,7 +106,8 @@ def again(comparison: Comparison, case: Case) -> None:
             link = stack.enter_context(comparison.link(case))
             ctrfs = comparison.ctrfs(link.host, case.size, link.client)
             stack.enter_context(ctrfs.running())
-            sides.append((_running_tree(ctrfs), ours))
+            container, tree = _running_tree(ctrfs)
+            sides.append((tree, ours))
         if comparison.others:
             plain = overlay(shelf.tree(case.size), comparison.directory)
             sides.append((stack.enter_context(plain), others))
@@ -114,6 +115,7 @@ def again(comparison: Comparison, case: Case) -> None:
             _in_tree(tree, READ_ALL)
         if comparison.ours:
             ctrfs.wait_filled()  # checking all of it takes a processor for some seconds
+            ctrfs.wait_recorded(container)
         for what, command, cold, limit in (
             ("read every file again, warm", READ_ALL, False, 1.0),
             ("find, warm", FIND, False, 1.0),
@@ -128,11 +130,11 @@ def again(comparison: Comparison, case: Case) -> None:
             others.clear()
 
 
-def _running_tree(ctrfs: Ctrfs) -> Path:
-    """The files of a container that was started and stays."""
+def _running_tree(ctrfs: Ctrfs) -> tuple[str, Path]:
+    """A container that was started and stays, and where its files are."""
     ctrfs.pull()
-    container = ctrfs.mount / "containers" / ctrfs.start("sleep", "100000")
-    return Path(os.readlink(container / "rootfs"))
+    container = ctrfs.start("sleep", "100000")
+    return container, Path(os.readlink(ctrfs.mount / "containers" / container / "rootfs"))
 
 
 def _in_tree(tree: Path, command: str, cold: bool = False) -> float:
@@ -152,7 +154,7 @@ def page_cache(comparison: Comparison, case: Case) -> None:
         with comparison.link(case) as link:
             ctrfs = comparison.ctrfs(link.host, case.size, link.client)
             with ctrfs.running():
-                tree = _running_tree(ctrfs)
+                _, tree = _running_tree(ctrfs)
                 lazily.append(_kept_of(tree))
                 ctrfs.wait_filled()
                 complete.append(_kept_of(tree))

@@ -60,6 +60,14 @@ def overlay(tree: Path, directory: Path) -> Iterator[Path]:
             linux.umount(str(plain / "merged"))
 
 
+def _wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + FILL_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{otherwise} after {FILL_SECONDS} s")
+        time.sleep(0.1)
+
+
 class Ctrfs:
     """A daemon of ours on a private root.
 
@@ -168,11 +176,13 @@ class Ctrfs:
     def wait_filled(self) -> None:
         """Return when every byte of the image is here."""
         state = self.mount / "images" / self.image / "state"
-        deadline = time.monotonic() + FILL_SECONDS
-        while state.read_text() != "complete\n":
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"not filled up in {FILL_SECONDS} s: {state.read_text()}")
-            time.sleep(0.1)
+        _wait_until(lambda: state.read_text() == "complete\n", "the image is not filled up")
+
+    def wait_recorded(self, container: str) -> None:
+        """Return when it is recorded what a container opens in its first seconds, in which each
+        open takes some 4 µs longer."""
+        opened = self.mount / "containers" / container / "opened"
+        _wait_until(lambda: bool(opened.read_text()), "there is no record of what was opened")
 
     def disk(self) -> int:
         """Bytes that the store takes on the disk."""
