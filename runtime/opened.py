@@ -34,8 +34,9 @@ _BUFFER = 64 << 10
 # What the kernel puts behind the path of a file that was deleted meanwhile.
 _DELETED = " (deleted)"
 
-# A desktop session opens some thousand files at its start; the record is in memory until it ends.
-MAX_PATHS = 10_000
+# A desktop session opens some thousand files at its start. Who opens more, as to copy or to check
+# all there is, wants none of them first, and need not share the processor with whoever notes them.
+MAX_PATHS = 4_000
 # As long as paths can be, on average far less.
 _MAX_BYTES = 1 << 20
 

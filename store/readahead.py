@@ -15,7 +15,8 @@ from store.spans import SpanTable
 # Beyond what a program that opens files here and there should pay for, less than what a
 # request costs on a connection of 20 ms and 100 Mbit/s.
 FIRST_BYTES = 64 << 10
-# Long enough that requests cost nothing; a reader that stops has wasted this at most.
+# Long enough that requests cost nothing. A reader that stops has wasted this at most, or as much as
+# it has read: who has read so much may want everything, and reads faster when all is here.
 MAX_BYTES = 8 << 20
 # A container has a few processes that read at once.
 STREAMS = 16
@@ -23,9 +24,10 @@ STREAMS = 16
 
 @dataclass(slots=True)
 class _Stream:
-    """Blob offsets: ``start`` of the farthest read, ``end`` of what was asked for, ``trigger``
-    when to ask for more; and ``length``, how much that was."""
+    """Blob offsets: ``begin`` of the first read, ``start`` of the farthest, ``end`` of what was
+    asked for, ``trigger`` when to ask for more; and ``length``, how much that was."""
 
+    begin: int
     start: int
     end: int
     trigger: int
@@ -59,12 +61,13 @@ class ReadAhead:
                     return range(0)
                 return self._extend(stream, max(end, stream.end))
         if not all(map(self._has, range(first, last + 1))):
-            self._streams.append(_Stream(start, end, end, FIRST_BYTES))
+            self._streams.append(_Stream(start, start, end, end, FIRST_BYTES))
         return range(0)
 
     def _extend(self, stream: _Stream, start: int) -> range:
         number = self._table.span_at(start)
-        length = min(2 * stream.length, MAX_BYTES)
+        most = max(MAX_BYTES, stream.start - stream.begin)
+        length = min(2 * stream.length, most)
         stop = self._table.stop_at(start + length) if number < self._table.spans else number
         ahead = range(number, stop)
         # Who reads what is here already has shown no need for more.

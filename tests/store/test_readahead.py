@@ -45,18 +45,19 @@ def test_a_span_that_is_read_again_and_again_is_no_stream(table: SpanTable) -> N
 
 def test_who_reads_on_gets_twice_as_much_each_time_without_gaps(table: SpanTable) -> None:
     ahead = ReadAhead(table, lambda number: False)
-    asked = [found for n in range(table.spans) for _ in range(8) if (found := ahead.advance(n, n))]
-    assert [one.stop for one in asked[:-1]] == [next_one.start for next_one in asked[1:]]
-    assert (asked[0].start, asked[-1].stop) == (2, table.spans)
-    sizes = [len(one) * size_of(table) for one in asked]
-    rising = [size for size in sizes if size < MAX_BYTES]
+    found = [(n, ahead.advance(n, n)) for n in range(table.spans) for _ in range(8)]
+    asked = [(n * size_of(table), one) for n, one in found if one]
+    ranges = [one for _, one in asked]
+    assert [one.stop for one in ranges[:-1]] == [next_one.start for next_one in ranges[1:]]
+    assert (ranges[0].start, ranges[-1].stop) == (2, table.spans)
+    sizes = [len(one) * size_of(table) for one in ranges]
     wanted = 2 * FIRST_BYTES
-    for size in sizes[:-1]:
-        assert size <= wanted + size_of(table)
-        assert size >= min(wanted, MAX_BYTES)
-        wanted = min(2 * wanted, MAX_BYTES)
-    assert len(rising) <= 8
-    assert max(sizes) >= MAX_BYTES
+    for (read, _), size in zip(asked[:-1], sizes[:-1], strict=True):
+        assert min(wanted, MAX_BYTES) <= size <= wanted + size_of(table)
+        assert size <= max(MAX_BYTES, read) + size_of(table)
+        wanted *= 2
+    assert len([size for size in sizes if size < MAX_BYTES]) <= 8
+    assert max(sizes) > MAX_BYTES + size_of(table)
 
 
 def test_nothing_is_asked_for_before_half_of_it_is_read(table: SpanTable) -> None:
