@@ -6,8 +6,10 @@ Memory is bounded by what the span table says comes out, whatever the bytes are.
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import cast
 
+import deflate
 import zstandard
 from isal import isal_zlib
 
@@ -19,6 +21,10 @@ from store.zstd_blocks import NotAsTold, ZstdBlocks
 _UNSET = bytes(32)
 
 _PIECE = 1 << 20
+
+# What may stand behind contents in their gzip member: padding, and the headers of files that have
+# no contents.
+_HEADERS = 16 << 10
 
 # CRC and length after a gzip member.
 _TRAILER = 8
@@ -72,7 +78,9 @@ class Inflater:
         """Give back what is held in memory; it can go on nevertheless."""
         self._blocks.close()
 
-    def _inflate(self, number: int, span: Span, blob: bytes | memoryview) -> bytes | bytearray:
+    def _inflate(
+        self, number: int, span: Span, blob: bytes | memoryview
+    ) -> bytes | bytearray | memoryview:
         try:
             match self._table.codec:
                 case Codec.GZIP:
@@ -118,8 +126,14 @@ def _wrong(span: Span, how: str) -> DigestMismatch:
     )
 
 
-def _gzip(blob: bytes | memoryview, size: int) -> bytes:
+def _gzip(blob: bytes | memoryview, size: int) -> bytes | memoryview:
     """Members one after another, until ``size`` bytes are out; zeros between are padding."""
+    # Nearly always one, with little behind the contents. libdeflate inflates that in one go, while
+    # isal asks for the interpreter's lock every few KiB, and waits for whoever has it.
+    with suppress(deflate.DeflateError):
+        whole = deflate.gzip_decompress(blob, size + _HEADERS)
+        if len(whole) >= size:
+            return memoryview(whole)[:size]
     member = isal_zlib.decompressobj(wbits=31)
     first = member.decompress(blob, size)
     if len(first) == size:  # nearly always, and then nothing is copied
@@ -153,7 +167,7 @@ def inflate_deflate(blob: bytes | memoryview, span: Span, window: bytes) -> byte
     inflated = inflater.decompress(data, span.size)
     if len(inflated) < span.size and inflater.eof:
         rest = inflater.unused_data[_TRAILER:].lstrip(b"\0")
-        return inflated + _gzip(rest, span.size - len(inflated))
+        return inflated + bytes(_gzip(rest, span.size - len(inflated)))
     return inflated
 
 
