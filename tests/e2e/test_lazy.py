@@ -842,6 +842,22 @@ def test_an_index_that_lies_is_found_out(
 
 
 @pytest.mark.parametrize("method", ["fuse"])
+def test_files_of_an_image_that_is_being_pulled(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy
+) -> None:
+    mount, image = lazy_mount, images["zstd"]
+    name = image.at(front.host)
+    front.on(f"/blobs/{image.layer.digest}", faults.stall_after(1 << 20))
+    command = ["sh", "-c", f"echo {name} mode=full > {mount.path}/images/pull"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as writer:
+        until(lambda: (mount.path / "images" / name / "state").exists())
+        with pytest.raises(OSError, match="busy"):
+            os.listdir(mount.path / "images" / name / "rootfs")
+        assert "is being pulled" in mount.last_error()
+        writer.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("method", ["fuse"])
 def test_a_lazy_pull_that_is_interrupted(
     lazy_mount: Mount, images: dict[str, Image], front: Proxy
 ) -> None:
