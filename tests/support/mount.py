@@ -46,14 +46,14 @@ class Mount:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen([*command, str(self.path)], stderr=log)
         deadline = time.monotonic() + 30
-        while not self.path.is_mount() or not self._answers():
+        while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"the daemon did not start:\n{self.log.read_text()}")
             time.sleep(0.02)
 
     def _answers(self) -> bool:
         try:
-            return (self.path / "version").exists()
+            return self.path.is_mount() and (self.path / "version").exists()
         except OSError:
             return False  # the mount of a daemon that was killed, not replaced yet
 
