@@ -281,27 +281,41 @@ class LayerClient:
 
     async def end(self) -> None:
         """Let the server end, and wait until it has, unless layers are in use."""
-        try:
-            answer = await self._exchange(End())
-            if isinstance(answer, Failure):
-                log.info("%s", answer.sentence)
-                return
-            if self.held:  # the next one, which may be of another version, begins anew
-                notify.forget(group_name(self._run))
-        except (OSError, trio.BrokenResourceError, EOFError):
-            if self._process is None:
-                return
+        answer: Answer | None = None
+        with trio.move_on_after(_END_SECONDS):
+            answer = await self._ask_to_end()
+        if isinstance(answer, Failure):
+            log.info("%s", answer.sentence)
+            return
+        if answer is not None and self.held:
+            # The next one, which may be of another version, begins anew.
+            notify.forget(group_name(self._run))
+        if answer is None and self._process is not None:
             self._process.terminate()  # it has not come up yet
-        await trio.to_thread.run_sync(self._wait)
+        if answer is not None or self._process is not None:
+            await trio.to_thread.run_sync(self._wait, answer is not None)
 
-    def _wait(self) -> None:
+    async def _ask_to_end(self) -> Answer | None:
+        """The server's answer, also of one that is starting; None if there is none."""
+        while True:
+            try:
+                return await self._exchange(End())
+            except (OSError, trio.BrokenResourceError, EOFError):
+                if self._process is None or self._process.poll() is not None:
+                    return None
+            await trio.sleep(_POLL_SECONDS)
+
+    def _wait(self, in_order: bool) -> None:
+        """Wait until the server has ended. If it was killed, those who wait for it get another."""
         deadline = time.monotonic() + _END_SECONDS
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_SECONDS)
                 rundir.tidy(self._run)
-                # It may have been killed before, and have left readers.
                 if not any_left(self._run, self._layers):
                     keeper.stop(group_name(self._run))
+                elif not in_order:
+                    self._start()
+                    return
         while (self._run / protocol.PID_FILE).exists() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)

@@ -591,6 +591,33 @@ def test_who_reads_on_after_umount_reads_no_zeros(
         assert not mount.run.exists()
 
 
+@pytest.mark.logs("layer server has died")
+@pytest.mark.parametrize("method", ["fanotify"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_who_waits_when_layer_server_and_daemon_end_at_once(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy, how: signal.Signals
+) -> None:
+    mount, image = lazy_mount, images["estargz"]
+    name = image.at(front.host)
+    mount.pull(name)
+    front.on("/blobs/", faults.late(0.5))
+    path = mount.path / "images" / name / "rootfs/data/large1"
+    with path.open("rb") as file, ThreadPoolExecutor() as pool:
+        read = pool.submit(file.read)
+        time.sleep(0.2)
+        (server,) = mount.layer_servers()
+        os.kill(server, how)
+        mount.stop()
+        try:
+            assert read.result(10) == image.files["data/large1"]
+        except TimeoutError:
+            mount.start()  # or the reader would keep this test from ending
+            raise
+    for pid in mount.layer_servers():  # it would wait some seconds for the next daemon
+        os.kill(pid, signal.SIGTERM)
+    until(lambda: not mount.layer_servers())
+
+
 @pytest.mark.logs("a killed daemon left")
 @pytest.mark.parametrize("method", ["fanotify"])
 def test_all_who_guard_a_layer_die_at_once(
