@@ -38,7 +38,7 @@ from fs.failures import Failures
 from fs.handles import DocumentHandle, Handle
 from fs.inodes import Inodes
 from fs.interrupts import Interrupts
-from fs.nodes import Caller, Directory, File, Link, Mountpoint, Node
+from fs.nodes import Caller, CommandFile, Directory, File, Link, Mountpoint, Node
 from store.errors import CtrfsError
 
 log = logging.getLogger(__name__)
@@ -518,6 +518,8 @@ class Adapter(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """write(2)."""
         opened = self._open[fh]
+        if isinstance(opened.node, CommandFile):
+            self.inodes.detach(opened.node)
         async with self._attempt("write", opened.node, opened.caller, data=buf):
             return await opened.handle.write(off, buf, opened.caller)
 

@@ -31,6 +31,10 @@ class Inodes:
         """The number of the node with this key, if the kernel holds one."""
         return self._numbers.get(key)
 
+    def held(self, key: Hashable) -> list[int]:
+        """All numbers of nodes with this key that the kernel holds."""
+        return [number for number, node in self._nodes.items() if node.key == key]
+
     def number_for_listing(self, node: Node) -> int:
         """A number for a directory entry; it counts as a lookup once ``add`` is called."""
         number = self._numbers.get(node.key)
@@ -62,6 +66,10 @@ class Inodes:
         del self._lookups[number]
         if self._numbers.get(node.key) == number:
             del self._numbers[node.key]
+
+    def detach(self, node: Node) -> None:
+        """Whoever looks this node up from now on gets another number, as for another file."""
+        self._numbers.pop(node.key, None)
 
     def retire(self, node: Node) -> None:
         """The node was removed: another with its key is not it, nor is what is in that. To the

@@ -111,7 +111,8 @@ class Interrupts:
                 # Somebody else uses the descriptor: `cat < wait`, `cat <&3`.
                 if readers is None:
                     readers = tasks_in_fuse()
-                pids = readers.get(self._inodes.known(waiter.node.key) or 0, [])
+                numbers = self._inodes.held(waiter.node.key)
+                pids = [pid for number in numbers for pid in readers.get(number, [])]
             if any(must_stop(pid) for pid in pids):
                 found.append(scope)
         return found

@@ -5,6 +5,7 @@ import json
 import os
 import select
 import signal
+import socket
 import statistics
 import subprocess
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.layouts import OciLayout, tar_of
 from tests.support.mount import Mount
 
 READERS = 500
@@ -82,6 +84,32 @@ def test_ctrl_c_ends_a_command(mount: Mount, sleeper: Path) -> None:
     assert writer.wait(10) != 0
     assert time.monotonic() - start < 1
     assert mount.read("containers/sleeper/state") == "running"
+
+
+def test_a_kill_does_not_wait_for_a_stop(mount: Mount, sleeper: Path) -> None:
+    """The kernel would let one write at a time into one file, and who waits can't be killed."""
+    stopper = subprocess.Popen(["sh", "-c", "echo stop > state"], cwd=sleeper)
+    time.sleep(0.3)
+    assert stopper.poll() is None
+    start = time.monotonic()
+    mount.write("containers/sleeper/state", "kill")
+    assert stopper.wait(10) == 0
+    assert time.monotonic() - start < 5  # of the 10 s that a stop takes
+    assert mount.read("containers/sleeper/state") == "stopped"
+
+
+def test_a_pull_does_not_wait_for_another(mount: Mount, tmp_path: Path) -> None:
+    layout = OciLayout(tmp_path / "oci")
+    layout.tag("a", layout.image(tar_of({"a": b"a"})))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        name = f"127.0.0.1:{silent.getsockname()[1]}/nothing:1"
+        puller = subprocess.Popen(["sh", "-c", f"echo {name} > {mount.path}/images/pull"])
+        while not mount.read("images/pull").startswith(name):
+            assert puller.poll() is None
+        mount.pull(f"oci:{layout.path}:a as=localhost/beside:1")
+        assert mount.read("images/pull").startswith(name)
+        puller.send_signal(signal.SIGINT)
+        assert puller.wait(10) != 0
 
 
 def test_without_blocking(mount: Mount, sleeper: Path) -> None:
