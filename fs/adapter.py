@@ -63,6 +63,7 @@ MAX_READS_PER_USER = 1000
 class _Open:
     """A handle with what the adapter must remember from open(2)."""
 
+    inode: InodeT
     node: Node
     handle: Handle
     caller: Caller
@@ -189,6 +190,7 @@ class Adapter(pyfuse3.Operations):
         self._open: dict[int, _Open] = {}
         self._listings: dict[int, _Listing] = {}
         self._reads: Counter[int] = Counter()
+        self._writing: Counter[int] = Counter()  # by inode
         self._next_handle = 1
 
     # --- failures ------------------------------------------------------------------
@@ -489,15 +491,18 @@ class Adapter(pyfuse3.Operations):
         node = self._node(inode)
         if not isinstance(node, File):
             raise FUSEError(errno.EISDIR)
+        access = flags & os.O_ACCMODE
+        if isinstance(node, CommandFile) and access != os.O_RDONLY and inode in self._writing:
+            self.inodes.detach(node)
+            raise FUSEError(errno.ESTALE)  # the kernel looks it up again: see _enter
         async with self._attempt("open", node, ctx):
-            access = flags & os.O_ACCMODE
             if access != os.O_RDONLY and not node.writable:
                 raise CtrfsError("this file cannot be written", errno=errno.EACCES)
             if access != os.O_WRONLY and not node.readable:
                 raise CtrfsError("this file cannot be read", errno=errno.EACCES)
             handle = await node.open(flags)
             number = self._new_handle()
-            self._open[number] = _Open(node, handle, _caller(ctx))
+            self._open[number] = _Open(inode, node, handle, _caller(ctx))
             return FileInfo(
                 fh=FileHandleT(number), direct_io=handle.direct_io, keep_cache=handle.keep_cache
             )
@@ -518,10 +523,14 @@ class Adapter(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """write(2)."""
         opened = self._open[fh]
-        if isinstance(opened.node, CommandFile):
-            self.inodes.detach(opened.node)
-        async with self._attempt("write", opened.node, opened.caller, data=buf):
-            return await opened.handle.write(off, buf, opened.caller)
+        self._writing[opened.inode] += 1
+        try:
+            async with self._attempt("write", opened.node, opened.caller, data=buf):
+                return await opened.handle.write(off, buf, opened.caller)
+        finally:
+            self._writing[opened.inode] -= 1
+            if not self._writing[opened.inode]:
+                del self._writing[opened.inode]
 
     async def flush(self, fh: FileHandleT) -> None:
         """close(2) of one descriptor."""

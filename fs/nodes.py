@@ -278,11 +278,10 @@ class CommandFile(TextFile):
     """A control file: each write is one command, done before write() returns.
 
     The kernel lets one write at a time into a file, and who waits for another can't be killed. So
-    while a command runs, whoever looks the file up gets another one (``Adapter.write``).
+    whoever opens it to write while a command runs gets another one (``Adapter.open``).
     """
 
     writable = True
-    entry_timeout = 0.0
 
     async def command(self, text: str, caller: Caller) -> None:
         """Carry out one command; ``text`` comes without its last newline."""
