@@ -190,7 +190,7 @@ class Adapter(pyfuse3.Operations):
         self._open: dict[int, _Open] = {}
         self._listings: dict[int, _Listing] = {}
         self._reads: Counter[int] = Counter()
-        self._writing: Counter[int] = Counter()  # by inode
+        self._busy: set[int] = set()  # inodes that are written; the kernel lets one in at a time
         self._next_handle = 1
 
     # --- failures ------------------------------------------------------------------
@@ -405,6 +405,7 @@ class Adapter(pyfuse3.Operations):
             if not isinstance(child, Directory):
                 raise FUSEError(errno.ENOTDIR)
             await parent.rmdir(_text(name))
+            # To the kernel a directory that was removed stays dead as long as somebody holds it.
             self.inodes.retire(child)
             return
 
@@ -492,8 +493,8 @@ class Adapter(pyfuse3.Operations):
         if not isinstance(node, File):
             raise FUSEError(errno.EISDIR)
         access = flags & os.O_ACCMODE
-        if isinstance(node, CommandFile) and access != os.O_RDONLY and inode in self._writing:
-            self.inodes.detach(node)
+        if isinstance(node, CommandFile) and access != os.O_RDONLY and inode in self._busy:
+            self.inodes.retire(node)
             raise FUSEError(errno.ESTALE)  # the kernel looks it up again: see _enter
         async with self._attempt("open", node, ctx):
             if access != os.O_RDONLY and not node.writable:
@@ -523,14 +524,12 @@ class Adapter(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """write(2)."""
         opened = self._open[fh]
-        self._writing[opened.inode] += 1
+        self._busy.add(opened.inode)
         try:
             async with self._attempt("write", opened.node, opened.caller, data=buf):
                 return await opened.handle.write(off, buf, opened.caller)
         finally:
-            self._writing[opened.inode] -= 1
-            if not self._writing[opened.inode]:
-                del self._writing[opened.inode]
+            self._busy.discard(opened.inode)
 
     async def flush(self, fh: FileHandleT) -> None:
         """close(2) of one descriptor."""

@@ -67,13 +67,9 @@ class Inodes:
         if self._numbers.get(node.key) == number:
             del self._numbers[node.key]
 
-    def detach(self, node: Node) -> None:
-        """Whoever looks this node up from now on gets another number, as for another file."""
-        self._numbers.pop(node.key, None)
-
     def retire(self, node: Node) -> None:
-        """The node was removed: another with its key is not it, nor is what is in that. To the
-        kernel a directory that was removed stays dead as long as somebody holds it."""
+        """Whoever looks this node up from now on, or what is in it, gets other numbers: to the
+        kernel what has its key is another object then."""
         gone = [key for key in self._numbers if _is_within(key, node.key)]
         for key in gone:
             del self._numbers[key]

@@ -87,8 +87,8 @@ class Follower:
         layer = self._store.layers.get(diff_id)
         path = self._path(diff_id)
         with self._failures.coming():
-            with suppress(StoreError):  # a damaged index does not name the file
-                if layer is not None:
+            if layer is not None:
+                with suppress(StoreError):  # a damaged index does not name the file
                     name = await trio.to_thread.run_sync(path_at, layer, news.offset)
                     path = f"{path}/{os.fsdecode(name)}"
             self._failed(news, path, caller)
