@@ -30,9 +30,10 @@ DOCUMENT_TYPE = "application/vnd.ctrfs.layer-index.document.v1+zstd"
 # Of an artifact's layer: the digest of the image's layer that it is the index of.
 LAYER_ANNOTATION = "vnd.ctrfs.layer.digest"
 
-# Registries before version 1.1 want a configuration.
-EMPTY = b"{}"
-EMPTY_DESCRIPTOR = Descriptor("application/vnd.oci.empty.v1+json", digest_of(EMPTY), len(EMPTY))
+# Registries before version 1.1 want a configuration, and some that list what refers to an image
+# take the type of that for the artifact's (google/go-containerregistry).
+CONFIG = b"{}"
+CONFIG_DESCRIPTOR = Descriptor(ARTIFACT_TYPE, digest_of(CONFIG), len(CONFIG))
 
 # Whoever makes an image's index again adds an artifact. The latest are looked at.
 _ARTIFACTS_MAX = 4
@@ -79,7 +80,7 @@ def push_indexes(
         layer: Descriptor(DOCUMENT_TYPE, digest_of(document), len(document))
         for layer, document in documents.items()
     }
-    pusher.put_blob(EMPTY_DESCRIPTOR.content, len(EMPTY), lambda: BytesIO(EMPTY))
+    pusher.put_blob(CONFIG_DESCRIPTOR.content, len(CONFIG), lambda: BytesIO(CONFIG))
     for layer, blob in blobs.items():
         pusher.put_blob(blob.content, blob.size, partial(BytesIO, documents[layer]))
     artifact = artifact_of(image, blobs)
@@ -97,7 +98,7 @@ def artifact_of(image: Descriptor, documents: Mapping[Digest, Descriptor]) -> by
     Args:
         image: the manifest of the image.
         documents: the index of each layer that has one, by the layer's digest; blobs of
-            ``DOCUMENT_TYPE``. They and ``EMPTY`` have to be in the repository before.
+            ``DOCUMENT_TYPE``. They and ``CONFIG`` have to be in the repository before.
     """
     layers = tuple(
         Descriptor(DOCUMENT_TYPE, document.digest, document.size, {LAYER_ANNOTATION: layer})
@@ -105,7 +106,7 @@ def artifact_of(image: Descriptor, documents: Mapping[Digest, Descriptor]) -> by
     )
     subject = Descriptor(image.media_type, image.digest, image.size)
     return msgspec.json.encode(
-        Artifact(2, OCI_MANIFEST, ARTIFACT_TYPE, EMPTY_DESCRIPTOR, layers, subject)
+        Artifact(2, OCI_MANIFEST, ARTIFACT_TYPE, CONFIG_DESCRIPTOR, layers, subject)
     )
 
 

@@ -19,8 +19,8 @@ from store.errors import (
 )
 from store.index_artifact import (
     ARTIFACT_TYPE,
+    CONFIG,
     DOCUMENT_TYPE,
-    EMPTY,
     artifact_of,
     fetch_index,
     find_indexes,
@@ -74,7 +74,7 @@ class Pushed:
         return self.manifest(artifact_of(self.image, {layer.content: blob}))
 
     def manifest(self, data: bytes) -> bytes:
-        self.layout.blob(EMPTY, "application/vnd.oci.empty.v1+json")
+        self.layout.blob(CONFIG, ARTIFACT_TYPE)
         descriptor = self.layout.blob(data, OCI_MANIFEST)
         self.registry.push(self.layout, descriptor, self.name, str(descriptor["digest"]))
         return data
@@ -138,6 +138,9 @@ def test_pushing(pushed: Pushed, client: Client, config: StoreConfig) -> None:
     listed = json.loads(referrers or b"")["manifests"]
     assert len(listed) == 2
     assert listed[1]["digest"] == artifact.digest
+    # Registries that go by the configuration's type find it as well.
+    manifest = json.loads(client.fetch_manifest(artifact))
+    assert manifest["config"]["mediaType"] == manifest["artifactType"] == ARTIFACT_TYPE
     assert client.resolve()[0].digest == pushed.image.digest
 
 
