@@ -39,7 +39,9 @@ class Pull(CommandFile):
     async def command(self, text: str, caller: Caller) -> None:
         """Pull one image. What is mounted of another that had the name goes away."""
         context = self.parent.context
-        image = await context.pulls.pull(parse_pull(text))
+        request = parse_pull(text)
+        context.containers.expect_start()
+        image = await context.pulls.pull(request)
         await context.automounts.refresh_below(f"{self.parent.path}/{image.name}")
 
 

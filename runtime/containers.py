@@ -15,7 +15,7 @@ from runtime.background import Background
 from runtime.config import RuntimeConfig
 from runtime.container import Container
 from runtime.errors import ContainerBusy, ContainerExists, ContainerNotFound, InvalidName
-from runtime.oci import OciRuntime
+from runtime.oci import OciRuntime, read_ahead
 from runtime.records import Record, Records
 from runtime.rootfs import Rootfs
 from runtime.steps import Services, prepare_directories, put_aside_orphans
@@ -112,6 +112,11 @@ class Containers:
             await trio.sleep(_IDLE_SECONDS)
             for container in list(self._containers.values()):
                 await container.unmount_if_idle()
+
+    def expect_start(self) -> None:
+        """A container will be started soon: have ready on time what that takes."""
+        assert self._background is not None
+        self._background.start_soon(trio.to_thread.run_sync, read_ahead, self._services.config)
 
     async def condemn(self, diff_id: Digest, sentence: str) -> None:
         """Kill the running containers that have a layer: what they read of it may be wrong."""

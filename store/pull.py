@@ -197,12 +197,15 @@ class Pulls:
         filling = self._filling if mode == "lazy" else None
         lazily = LazyPull(self._store, source, origin, found.chosen, filling) if filling else None
         async with self._leftovers.gone_if_refused(image, map(digest_of, found.documents)):
-            for document in found.documents:
-                await to_end(partial(self._store.cas.put, document))
             progress.image = image
             progress.state = "pulling"
             part = _Part(source, origin, image.name, lazily)
-            await self._all_layers(part, wanted, states)
+            await side_by_side(
+                (
+                    partial(self._keep, found.documents),
+                    partial(self._all_layers, part, wanted, states),
+                )
+            )
             await self._make_mountable(image)
             if filling:
                 await self._serve(filling, image)
@@ -211,6 +214,10 @@ class Pulls:
             await to_end(partial(self._have_filled, image, filling))
         self._have_indexed(wanted)
         return image
+
+    async def _keep(self, documents: Sequence[bytes]) -> None:
+        for document in documents:
+            await to_end(partial(self._store.cas.put, document))
 
     def _have_filled(self, image: Image, filling: Filling | None) -> None:
         """The rest of lazy layers may come as well, now that there is an image that has them."""
