@@ -1,15 +1,16 @@
-"""Describing a large layer in a process of its own.
+"""Describing a layer in a process of its own.
 
-Python runs one thread at a time. To describe a layer with as many files as a whole toolchain
-takes as long as to work out its entries and where their contents come from; so both are done at
-once: its tree while there are more and more entries, its image while the contents are laid out.
+Python runs one thread at a time. To describe a layer takes as long as to work out its entries and
+where their contents come from; so both are done at once: its tree while there are more and more
+entries, its image while the contents are laid out.
 """
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -49,21 +50,64 @@ class Describing(Protocol):
             OSError: from writing the image.
         """
 
-    def close(self) -> None:
-        """End what is still being done."""
 
+class Describer:
+    """Describes layers, one after another. To be used by one thread at a time.
 
-def describing(layout: Entries, index: Path, meta: BinaryIO, max_inodes: int) -> Describing:
-    """Make ready to describe a layer.
-
-    Args:
-        index: a file that will hold the entries.
-        meta: where the image goes, an empty file.
-        max_inodes: the layer is refused if it has more.
+    Until a process can do anything takes as long as to describe a small layer. So those are
+    described here, unless there is a process that was started ahead.
     """
-    if layout.is_large and len(os.sched_getaffinity(0)) > 1:
-        return _Apart(index, meta, max_inodes)
-    return _Here(layout, meta, max_inodes)
+
+    def __init__(self) -> None:
+        self._ahead = False
+        self._process: _Apart | None = None
+
+    def start_ahead(self) -> None:
+        """Have a process from now on; it takes some megabytes of memory."""
+        self._ahead = len(os.sched_getaffinity(0)) > 1
+        if self._ahead and self._process is None:
+            self._process = _Apart()
+
+    @contextmanager
+    def describing(
+        self, layout: Entries, index: Path, meta: BinaryIO, max_inodes: int
+    ) -> Iterator[Describing]:
+        """Make ready to describe a layer. What is still being done at the end is given up.
+
+        Args:
+            index: a file that will hold the entries.
+            meta: where the image goes, an empty file.
+            max_inodes: the layer is refused if it has more.
+        """
+        process = self._take(layout.is_large)
+        if process is None:
+            yield _Here(layout, meta, max_inodes)
+            return
+        try:
+            process.take(index, meta, max_inodes)
+            yield process
+        finally:
+            if process.is_free and not layout.is_large:
+                self._process = process
+            else:  # it has taken much memory, or goes on with what nobody wants
+                process.close()
+                self._process = _Apart() if self._ahead else None
+
+    def _take(self, is_large: bool) -> "_Apart | None":
+        process, self._process = self._process, None
+        if process is not None and process.is_free:
+            return process
+        if process is not None:
+            process.close()
+        wanted = self._ahead or (is_large and len(os.sched_getaffinity(0)) > 1)
+        return _Apart() if wanted else None
+
+    def close(self) -> None:
+        """End the process."""
+        self._ahead = False
+        if self._process is not None:
+            self._process.close()
+            self._process = None
 
 
 class _Here:
@@ -85,9 +129,6 @@ class _Here:
         tree, needs_lower = build_tree(self._layout.entries, self._max_inodes)
         return describe(tree, needs_lower, self._meta, self._frame)
 
-    def close(self) -> None:
-        pass
-
 
 class _Refused(msgspec.Struct, frozen=True, tag=True):
     kind: str
@@ -102,47 +143,57 @@ _REFUSALS = {error.__name__: error for error in (CorruptContent, InvalidLayer, L
 _ANSWER = msgspec.msgpack.Decoder(Description | _Refused | _Failed)
 
 
-class _Apart:
-    """The side that asks. The process is started before there is anything to do, for until it can
-    do it takes a tenth of a second. It is told an empty line for each block of entries that it can
-    read already, and the frame in the last line."""
+# Of what is said at once.
+_MESSAGE_MAX = 64 << 10
+_BLOCK = b"block"
 
-    def __init__(self, index: Path, meta: BinaryIO, max_inodes: int) -> None:
-        # By descriptors: the directory that the files are in gets its name meanwhile.
-        with index.open("rb") as entries:
-            files = (entries.fileno(), meta.fileno())
+
+class _Apart:
+    """The side that asks. It says how many inodes a layer may have, with the descriptors of its
+    files; then whenever there is a block of entries to read; and the frame at last."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._busy = False
+        with theirs:
             # -P: nothing is imported from the directory that this process was started in.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "store.describer", *map(str, (*files, max_inodes))],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=files,
+                [sys.executable, "-P", "-m", "store.describer"],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
                 start_new_session=True,  # signals from a terminal are for the daemon
             )
 
+    @property
+    def is_free(self) -> bool:
+        """Whether it is there, and has nothing to do."""
+        return not self._busy and self._process.poll() is None
+
+    def take(self, index: Path, meta: BinaryIO, max_inodes: int) -> None:
+        """Begin with a layer."""
+        self._busy = True
+        # By descriptors: the directory that the files are in gets its name meanwhile.
+        with index.open("rb") as entries, suppress(ConnectionError):  # result() says why
+            files = [entries.fileno(), meta.fileno()]
+            socket.send_fds(self._socket, [str(max_inodes).encode()], files)
+
     def block(self) -> None:
-        self._tell(b"\n")
+        self._tell(_BLOCK)
 
     def begin(self, frame: Frame) -> None:
-        self._tell(msgspec.json.encode(frame) + b"\n")
+        self._tell(msgspec.json.encode(frame))
 
-    def _tell(self, line: bytes) -> None:
-        assert self._process.stdin
-        with suppress(BrokenPipeError):  # result() says why
-            self._process.stdin.write(line)
+    def _tell(self, message: bytes) -> None:
+        with suppress(ConnectionError):  # result() says why
+            self._socket.send(message)
 
     def result(self) -> Description:
-        assert self._process.stdout
-        answer = self._process.stdout.read()
-        code = self._process.wait()
-        if code < 0:
-            raise StoreError(
-                f"the process that lists the layer's files was killed by signal {-code}; if the"
-                " machine is short of memory, pull again when it has more"
-            )
+        answer = b""
+        with suppress(ConnectionError):
+            answer = self._socket.recv(_MESSAGE_MAX)
         if not answer:
-            raise StoreError("the process that lists the layer's files failed; see the log")
+            raise StoreError(self._failure())
+        self._busy = False
         answered = _ANSWER.decode(answer)
         if isinstance(answered, _Refused):
             raise _REFUSALS[answered.kind](answered.sentence)
@@ -151,54 +202,80 @@ class _Apart:
         assert isinstance(answered, Description)
         return answered
 
+    def _failure(self) -> str:
+        code = self._process.wait()
+        if code < 0:
+            return (
+                f"the process that lists the layer's files was killed by signal {-code}; if the"
+                " machine is short of memory, pull again when it has more"
+            )
+        return "the process that lists the layer's files failed; see the log"
+
     def close(self) -> None:
-        with suppress(BrokenPipeError), self._process:
-            self._process.kill()
+        """End it, whatever it does."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
 
 
 def main() -> None:
-    """The side that answers, unless the layer is given up meanwhile."""
-    index, meta, max_inodes = map(int, sys.argv[1:])
-    told = _Told(index)
-    answer: Description | _Refused | _Failed
-    try:
-        tree, needs_lower = build_tree(told.entries(), max_inodes)
-        frame = told.frame()
-        if frame is None:
-            return
-        with os.fdopen(meta, "wb") as file:
-            answer = describe(tree, needs_lower, file, frame)
-    except tuple(_REFUSALS.values()) as error:
-        answer = _Refused(type(error).__name__, error.sentence)
-    except OSError as error:
-        answer = _Failed(error.errno or 0)
-    with suppress(BrokenPipeError):
-        os.write(sys.stdout.fileno(), msgspec.msgpack.encode(answer))
+    """The side that answers, as long as somebody may ask."""
+    with socket.socket(fileno=os.dup(sys.stdin.fileno())) as asked:
+        while (layer := _Layer.told(asked)) is not None:
+            asked.send(msgspec.msgpack.encode(layer.answer()))
 
 
-class _Told:
-    """What comes through standard input; see ``_Apart``."""
+class _Layer:
+    """One that is told of through a socket; see ``_Apart``."""
 
-    def __init__(self, index: int) -> None:
-        self._blocks = read_blocks(Path(f"/proc/self/fd/{index}"))
-        self._last = b""
+    def __init__(self, asked: socket.socket, max_inodes: int, index: int, meta: int) -> None:
+        self._asked = asked
+        self._max_inodes = max_inodes
+        self._index = index
+        self._meta = meta
+        self._frame = b""
 
-    def entries(self) -> Iterator[Entry]:
+    @classmethod
+    def told(cls, asked: socket.socket) -> "_Layer | None":
+        """The next one; None when nobody asks any more."""
+        message, files, _, _ = socket.recv_fds(asked, _MESSAGE_MAX, 2)
+        return cls(asked, int(message), *files) if message else None
+
+    def answer(self) -> Description | _Refused | _Failed:
+        """What comes of it, when all has been told."""
+        try:
+            with os.fdopen(self._index, "rb"), os.fdopen(self._meta, "wb") as meta:
+                tree, needs_lower = build_tree(self._entries(), self._max_inodes)
+                return describe(tree, needs_lower, meta, self._told_frame())
+        except tuple(_REFUSALS.values()) as error:
+            self._told_frame()
+            return _Refused(type(error).__name__, error.sentence)
+        except OSError as error:
+            self._told_frame()
+            return _Failed(error.errno or 0)
+
+    def _entries(self) -> Iterator[Entry]:
         """As they come."""
-        for line in sys.stdin.buffer:
-            if line != b"\n":
-                self._last = line
-                break
-            yield from next(self._blocks)
-        for block in self._blocks if self._last else ():
+        blocks = read_blocks(Path(f"/proc/self/fd/{self._index}"))
+        while self._is_block():
+            yield from next(blocks)
+        for block in blocks:
             yield from block
 
-    def frame(self) -> Frame | None:
-        """What comes after the entries; None when nothing comes any more."""
-        if not self._last:
-            for _ in self.entries():  # the tree had no use for these
-                pass
-        return msgspec.json.decode(self._last, type=Frame) if self._last else None
+    def _is_block(self) -> bool:
+        """Wait for what is told next."""
+        message = self._asked.recv(_MESSAGE_MAX)
+        if not message:
+            sys.exit()  # it was given up
+        if message != _BLOCK:
+            self._frame = message
+        return message == _BLOCK
+
+    def _told_frame(self) -> Frame:
+        """What is told after the entries, for which the tree may have no use."""
+        while not self._frame:
+            self._is_block()
+        return msgspec.json.decode(self._frame, type=Frame)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -34,7 +34,7 @@ import msgspec
 
 from store import lazy
 from store.cas import Digest, sync_directory
-from store.describer import Describing, describing
+from store.describer import Describer, Describing
 from store.description import Description, Frame, describe
 from store.erofs import image_sizes
 from store.errors import ContentNeeded, CorruptContent, InvalidLayer, storage
@@ -159,6 +159,7 @@ class Layers:
         self._temporary = directory / "tmp"
         self._lock = threading.Lock()  # for names to appear and disappear
         self._building = threading.Lock()  # trees take memory: one stack of them at a time
+        self._describer = Describer()  # that of the thread that builds
         self._layers: dict[Digest, Layer] = {}
         self._damaged: frozenset[Digest] = frozenset()
         with storage(f"opening {directory}"):
@@ -169,6 +170,17 @@ class Layers:
             for path in directory.iterdir():
                 if path.is_dir() and path not in (self._chains, self._temporary):
                     self._adopt(path)
+
+    def expect_lazy(self) -> None:
+        """Lazy layers will be made, and somebody will wait for each: start ahead what that takes
+        until ``close``."""
+        with self._building:
+            self._describer.start_ahead()
+
+    def close(self) -> None:
+        """End what was started ahead."""
+        with self._building:
+            self._describer.close()
 
     def get(self, diff_id: Digest) -> Layer | None:
         """The layer, from memory; None when it isn't here or was found damaged."""
@@ -280,7 +292,7 @@ class Layers:
             index.touch()
             with (
                 (workspace / "meta.erofs").open("xb") as meta,
-                closing(describing(layout, index, meta, most)) as description,
+                self._describer.describing(layout, index, meta, most) as description,
             ):
                 write_index(index, layout.entries, description.block)
                 description.begin(_frame(layout.data_size, _hex(diff_id)))

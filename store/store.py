@@ -150,6 +150,7 @@ class Store:
 
     def close(self) -> None:
         """Close the database and let other processes in."""
+        self.layers.close()
         self.db.close()
         os.close(self._lock)
 

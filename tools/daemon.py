@@ -96,6 +96,8 @@ async def _serve(
                     features.report, config.runtime, options.root, config.store.lazy.method
                 ),
             )
+            if config.store.lazy.mode == "lazy":
+                await trio.to_thread.run_sync(store.layers.expect_lazy)
             nursery.start_soon(indexer.run)
             nursery.start_soon(_release_copies, rootfs)
             await client.wait_until_up()

@@ -2,18 +2,20 @@
 
 import errno
 import os
+import select
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from store.cas import Digest
-from store.describer import describing
+from store.describer import Describer, Describing
 from store.description import Description, Frame
 from store.errors import InvalidLayer, LimitExceeded, StoreError
 from store.index import Entry, write_index
@@ -41,14 +43,24 @@ class Layer(msgspec.Struct):
     is_large: bool
 
 
+@contextmanager
+def describing(
+    entries: Sequence[Entry], apart: bool, index: Path, most: int
+) -> Iterator[Describing]:
+    """The image goes beside the index."""
+    with (
+        closing(Describer()) as describer,
+        index.with_name("meta").open("xb") as meta,
+        describer.describing(Layer(entries, apart), index, meta, most) as description,
+    ):
+        yield description
+
+
 def described(entries: Sequence[Entry], directory: Path, apart: bool) -> tuple[Description, bytes]:
     directory.mkdir()
-    index, image = directory / "index", directory / "meta"
+    index = directory / "index"
     index.touch()
-    with (
-        image.open("xb") as meta,
-        closing(describing(Layer(entries, apart), index, meta, 3500)) as description,
-    ):
+    with describing(entries, apart, index, 3500) as description:
         write_index(index, entries, description.block)
         # The directory gets another name meanwhile.
         directory.rename(directory.with_suffix(".named"))
@@ -95,34 +107,90 @@ def test_what_they_give(tmp_path: Path) -> None:
 def test_a_layer_that_is_given_up(tmp_path: Path) -> None:
     index = tmp_path / "index"
     index.touch()
-    with (tmp_path / "meta").open("xb") as meta:
-        describing(Layer([], True), index, meta, 10).close()
+    with describing([], True, index, 10):
+        pass
 
 
 def test_a_process_that_is_killed(tmp_path: Path) -> None:
     index = tmp_path / "index"
     write_index(index, MANY)
-    with (
-        (tmp_path / "meta").open("xb") as meta,
-        closing(describing(Layer(MANY, True), index, meta, 10)) as description,
-    ):
+    with describing(MANY, True, index, 10) as description:
         os.kill(int(children().split()[-1]), signal.SIGKILL)
         description.begin(FRAME)
         with pytest.raises(StoreError, match=r"killed by signal 9; .*memory"):
             description.result()
 
 
+def test_a_process_that_was_started_ahead(tmp_path: Path) -> None:
+    with closing(Describer()) as describer:
+        describer.start_ahead()
+        ahead = children()
+
+        def describe(name: str, is_large: bool = False) -> Description:
+            """In the process, since what the layer has is in the index alone."""
+            index = tmp_path / name
+            write_index(index, LAYERS[name])
+            with (
+                index.with_suffix(".meta").open("xb") as meta,
+                describer.describing(Layer([], is_large), index, meta, 3500) as description,
+            ):
+                description.begin(FRAME)
+                return description.result()
+
+        assert describe("many").inodes == 3051
+        with pytest.raises(InvalidLayer, match="leads through"):
+            describe("through a file")
+        assert describe("directory may be below").depends
+        assert children() == ahead
+        pid = int(ahead.split()[-1])
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert describe("empty").inodes == 1
+        assert children() != ahead
+        # What took much memory goes, and so does what nobody waits for any more.
+        for is_large, given_up in ((True, False), (False, True)):
+            before = children()
+            if given_up:
+                (tmp_path / "meta").touch()
+                with (
+                    (tmp_path / "meta").open("wb") as meta,
+                    describer.describing(Layer([], False), tmp_path / "many", meta, 10),
+                ):
+                    pass
+            else:
+                describe("link to what may be below", is_large)
+            assert children() != before
+            assert len(children().split()) == len(ahead.split())
+
+
+def test_a_process_ends_with_whoever_started_it() -> None:
+    code = """
+import os
+from pathlib import Path
+from store.describer import Describer
+describer = Describer()
+describer.start_ahead()
+print(Path(f"/proc/self/task/{os.getpid()}/children").read_text(), flush=True)
+os.kill(os.getpid(), 9)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False)
+    assert ended.returncode == -9
+    with suppress(ProcessLookupError):
+        left = os.pidfd_open(int(ended.stdout))
+        assert select.select([left], [], [], 10)[0]
+        os.close(left)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_disk_that_is_full(tmp_path: Path, apart: bool) -> None:
-    index, full = tmp_path / "index", tmp_path / "full"
-    write_index(index, MANY)
+    full = tmp_path / "full"
     full.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", full], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", full], check=True)
     try:
+        write_index(full / "index", MANY)
         with (
             pytest.raises(OSError) as caught,
-            (full / "meta").open("xb") as meta,
-            closing(describing(Layer(MANY, apart), index, meta, 10_000)) as description,
+            describing(MANY, apart, full / "index", 10_000) as description,
         ):
             description.begin(FRAME)
             description.result()
