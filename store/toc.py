@@ -15,7 +15,7 @@ from store.index import Entry
 from store.manifest import Descriptor
 from store.source import BlobReader
 from store.spans import SpanWriter
-from store.toc_json import CHUNK, Item, RawToc, decode, entry_of
+from store.toc_json import CHUNK, Item, RawToc, Times, decode, entry_of
 from store.toc_layout import Layout
 from store.unpack import LayerLimits, aligned, attributes_size, check_content, check_metadata
 
@@ -88,12 +88,13 @@ class Toc:
 
     def _list(self) -> Iterator[Entry]:
         entries: list[Entry] = []
+        times = Times()
         metadata = 0
         for item in self._decode():
             if item.type == CHUNK:
                 self._entries.append(None)
                 continue
-            entry = entry_of(item)
+            entry = entry_of(item, times)
             self._entries.append(entry)
             if only_steers(entry):
                 continue

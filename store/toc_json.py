@@ -9,7 +9,6 @@ docs/containers-storage-zstd-chunked.md and pkg/chunked/internal/minimal.
 
 import re
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -129,7 +128,20 @@ def decode(json: bytes, limits: LayerLimits) -> list[Item]:
     return document.entries or []
 
 
-def entry_of(item: Item) -> Entry:
+class Times(dict[str, tuple[int, int]]):
+    """Seconds and nanoseconds of times in RFC 3339, looked up; each is worked out once, since the
+    files of a package often have the same. Raises ValueError.
+
+    For one table: kept any longer, what was made between its files would hold on to all the
+    memory that was theirs.
+    """
+
+    def __missing__(self, text: str) -> tuple[int, int]:
+        found = self[text] = _time(text)
+        return found
+
+
+def entry_of(item: Item, times: Times) -> Entry:
     """The entry that an item stands for; it must not be a chunk's.
 
     Raises:
@@ -145,7 +157,7 @@ def entry_of(item: Item) -> Entry:
             f"{', '.join(_KINDS)} and {CHUNK}; {REBUILD}"
         )
     try:
-        seconds, nanoseconds = _time(item.modtime)
+        seconds, nanoseconds = times[item.modtime]
     except ValueError:
         raise NotLazy(
             f"{shown(name)} in the layer's table of contents has a time that can't be understood"
@@ -201,12 +213,7 @@ def _xattrs(item: Item) -> dict[bytes, bytes] | None:
         ) from None
 
 
-@lru_cache(maxsize=8192)
 def _time(text: str) -> tuple[int, int]:
-    """Seconds and nanoseconds of a time in RFC 3339. Raises ValueError.
-
-    Cached since the files of a package often have the same.
-    """
     if text in _NO_TIME:
         return 0, 0
     match = _TIME.fullmatch(text)
