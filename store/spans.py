@@ -10,7 +10,7 @@ so that a process can serve many layers without their tables in its memory:
 
     header    magic ``ctrfsspn``, u32 version, u8 codec, 3 bytes 0, u64 size of the blob, u64 size
               of the data file, u64 blob offset before which spans are wanted at start, u64 number
-              of spans, u64 number of pieces, padded to 64 bytes
+              of spans, u64 number of pieces, u32 CRC-32 of all that follows, padded to 64 bytes
     spans     80 bytes each, see ``Span``
     pieces    64 bytes each, see ``Piece``
     windows   the history that spans of codec DEFLATE start from, compressed with zstd
@@ -27,13 +27,14 @@ from typing import BinaryIO
 
 import msgspec
 import zstandard
+from isal import isal_zlib
 
 from store.errors import CorruptContent, InvalidLayer
 
 MAGIC = b"ctrfsspn"
-VERSION = 1
+VERSION = 2
 
-_HEAD = struct.Struct("<8sIB3xQQQQQ8x")
+_HEAD = struct.Struct("<8sIB3xQQQQQI4x")
 _SPAN = struct.Struct("<QQQIIQIBB2x32s")
 _PIECE = struct.Struct("<QQQI4x32s")
 _COUNT_AT = struct.calcsize("<QQQI")  # in a span
@@ -195,6 +196,10 @@ class SpanWriter:
         edges = {self._blob_size, *(edge for at, size in known for edge in (at, at + size))}
         for edge in sorted(edge for edge in edges if self._end < edge <= self._blob_size):
             self._append(Span(self._end, edge))
+        parts = (self._spans, self._pieces, self._windows)
+        checksum = 0
+        for part in parts:
+            checksum = isal_zlib.crc32(part, checksum)
         file.write(
             _HEAD.pack(
                 MAGIC,
@@ -205,11 +210,10 @@ class SpanWriter:
                 self.prefetch_end,
                 self._span_count,
                 self._piece_count,
+                checksum,
             )
         )
-        file.write(self._spans)
-        file.write(self._pieces)
-        file.write(self._windows)
+        file.writelines(parts)
 
 
 class SpanTable:
@@ -233,8 +237,12 @@ class SpanTable:
             if size < _HEAD.size:
                 raise self._corrupt()
             self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        # What a disk has made of it could be anything, and nothing here is looked at twice.
+        with memoryview(self._map) as table:
+            checksum = isal_zlib.crc32(table[_HEAD.size :])
+        self.unload()
         head = _HEAD.unpack_from(self._map, 0)
-        if head[:2] != (MAGIC, VERSION) or head[2] not in set(Codec):
+        if head[:2] != (MAGIC, VERSION) or head[2] not in set(Codec) or head[8] != checksum:
             raise self._corrupt()
         self.codec = Codec(head[2])
         self.in_order = self.codec == Codec.ZSTD_BLOCKS

@@ -581,12 +581,23 @@ async def test_who_reads_a_layer_that_was_removed_reads_no_zeros(
         assert not any_left(site.run, layers)
 
 
+def _spoilt(right: bytes, how: str) -> bytes:
+    match how:
+        case "ones":
+            return b"\xff" * len(right)
+        case "one bit":
+            middle = len(right) // 2
+            return right[:middle] + bytes([right[middle] ^ 1]) + right[middle + 1 :]
+    return b""
+
+
 @pytest.mark.logs("the layer server has died|is missing or damaged")
 @pytest.mark.parametrize(
     ("file", "how"),
     [
         *itertools.product(["present", "spans", "lazy.json", "data", "blob"], ["empty", "gone"]),
         *itertools.product(["present", "spans", "lazy.json"], ["ones"]),
+        ("spans", "one bit"),
     ],
 )
 async def test_a_layer_that_is_damaged_stands_in_nobodys_way(
@@ -596,10 +607,10 @@ async def test_a_layer_that_is_damaged_stands_in_nobodys_way(
         await site.client.device(DIFF_ID)
         os.kill((await site.client.status()).pid, signal.SIGKILL)
         path = site.store.layers.present(DIFF_ID).directory / file
-        size = path.stat().st_size
+        right = path.read_bytes()
         path.unlink()
         if how != "gone":
-            path.write_bytes(b"\xff" * size if how == "ones" else b"")
+            path.write_bytes(_spoilt(right, how))
         await until(lambda: site.restarts == 2)
         assert (await site.client.status()).layers == {}
         if (file, how) == ("blob", "gone"):  # as while a layer is completed
