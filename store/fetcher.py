@@ -29,6 +29,7 @@ from store.errors import (
 from store.intake import Intake
 from store.lazy import LazyLayer
 from store.lender import Borrower, Lender
+from store.priority import Nicely
 from store.readahead import ReadAhead
 from store.source import BlobStream, Source
 from store.transfer import interruptible
@@ -120,8 +121,9 @@ class _GivenUp:
 
 @dataclass(slots=True)
 class _Pending:
-    """A span that is on its way."""
+    """A span that is on its way; ``pace`` is that of what brings it."""
 
+    pace: Nicely
     arrived: trio.Event = field(default_factory=trio.Event)
     error: StoreError | None = None
 
@@ -323,6 +325,7 @@ class Fetcher:
                 if pending is None:
                     self._request(range(number, spans[-1] + 1), self._slots.readers, blob=blob)
                     pending = self._pending[number]
+                pending.pace.hurry()
                 await pending.arrived.wait()
                 if pending.error is not None:
                     raise pending.error
@@ -337,17 +340,25 @@ class Fetcher:
         spans = self._needed(spans)
         is_here = self._is_here(blob)
         run: dict[int, _Pending] = {}
+        pace = self._pace(limiter)
         for number in spans:
             if not is_here(number) and number not in self._pending:
-                run[number] = self._pending[number] = _Pending()
+                run[number] = self._pending[number] = _Pending(pace)
             elif run:
-                self._nursery.start_soon(self._run, run, limiter, blob)
-                run = {}
+                self._nursery.start_soon(self._run, run, limiter, blob, pace)
+                run, pace = {}, self._pace(limiter)
         if run:
-            self._nursery.start_soon(self._run, run, limiter, blob)
+            self._nursery.start_soon(self._run, run, limiter, blob, pace)
+
+    def _pace(self, limiter: trio.CapacityLimiter) -> Nicely:
+        """For one request: readers wait for theirs from the beginning."""
+        pace = Nicely()
+        if limiter is self._slots.readers:
+            pace.hurry()
+        return pace
 
     async def _run(
-        self, wanted: dict[int, _Pending], limiter: trio.CapacityLimiter, blob: bool
+        self, wanted: dict[int, _Pending], limiter: trio.CapacityLimiter, blob: bool, pace: Nicely
     ) -> None:
         """One request: for spans without a gap, and for what comes unasked for from a registry
         that sends whole blobs, which is added."""
@@ -355,7 +366,7 @@ class Fetcher:
         numbers = list(wanted)
         try:
             async with self._turn, limiter:
-                await self._transfer(range(numbers[0], numbers[-1] + 1), wanted, blob)
+                await self._transfer(range(numbers[0], numbers[-1] + 1), wanted, blob, pace)
         except StoreError as failure:
             error = failure
             log.debug("%s: %s", self.layer.diff_id, failure.sentence)
@@ -373,10 +384,10 @@ class Fetcher:
             return range(self.layer.next_absent(0), spans.stop)
         return spans
 
-    def _promise(self, spans: range) -> dict[int, _Pending]:
+    def _promise(self, spans: range, pace: Nicely) -> dict[int, _Pending]:
         """Note that spans are on their way; those that were not."""
         fresh = [n for n in spans if n not in self._pending and not self.layer.keeps(n)]
-        promised = {number: _Pending() for number in fresh}
+        promised = {number: _Pending(pace) for number in fresh}
         self._pending.update(promised)
         return promised
 
@@ -391,7 +402,13 @@ class Fetcher:
             if not self._pending and self.layer.whole:
                 self._whole()
 
-    async def _transfer(self, spans: range, pending: dict[int, _Pending], blob: bool) -> None:
+    async def _transfer(
+        self,
+        spans: range,
+        pending: dict[int, _Pending],
+        blob: bool,
+        pace: Nicely,
+    ) -> None:
         gone = threading.Event()
         streams: list[BlobStream] = []
 
@@ -401,12 +418,16 @@ class Fetcher:
                 stream.abort()
 
         def promise(more: range) -> None:
-            pending.update(trio.from_thread.run_sync(self._promise, more))
+            pending.update(trio.from_thread.run_sync(self._promise, more, pace))
 
         def moved() -> None:
             self._moved += 1
 
         def work() -> None:
+            with pace:
+                bring()
+
+        def bring() -> None:
             for wanted in self._without_borrowed(self._needed(spans), blob):
                 start = self.layer.table.range_of(wanted[0])[0]
                 end = self.layer.table.range_of(wanted[-1])[1]

@@ -2,11 +2,10 @@
 
 import io
 import logging
-import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -17,6 +16,7 @@ from store.errors import NotLazy, PullCancelled, StoreError, storage
 from store.index_document import encode_index
 from store.layer_index import build_index
 from store.manifest import Descriptor
+from store.priority import Nicely
 from store.spans import SpanTable
 from store.store import Store
 from store.transfer import interruptible
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 # A pull is mostly followed by a start, whose time counts; an index is for some other day.
 _QUIET_SECONDS = 5.0
-_NICE = 19
 
 
 def make_document(
@@ -60,19 +59,6 @@ def make_document(
             finally:
                 table.close()
     return document.getvalue()
-
-
-@contextmanager
-def _nicely() -> Iterator[None]:
-    """Lower the calling thread's priority for the time of the block."""
-    thread = threading.get_native_id()
-    before = os.getpriority(os.PRIO_PROCESS, thread)
-    os.setpriority(os.PRIO_PROCESS, thread, _NICE)
-    try:
-        yield
-    finally:
-        with suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, thread, before)
 
 
 class _Wanted(msgspec.Struct, frozen=True):
@@ -117,7 +103,7 @@ class Indexer:
         descriptor = wanted.descriptor
 
         def work() -> None:
-            with _nicely():
+            with Nicely():
                 document = make_document(
                     self._store.cas.path(descriptor.content),
                     descriptor,

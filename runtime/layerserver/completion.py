@@ -2,15 +2,25 @@
 
 import logging
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import trio
 
 from store.cas import Cas
 from store.errors import PullCancelled, StorageFailed, StoreError
 from store.fetcher import Fetcher
+from store.lazy import LazyLayer
+from store.priority import Nicely
 from store.transfer import interruptible
 
 log = logging.getLogger(__name__)
+
+
+def _verify(layer: LazyLayer, cancelled: Callable[[], bool]) -> None:
+    """As ``LazyLayer.verify``, which takes a processor for some seconds."""
+    with Nicely():
+        layer.verify(cancelled)
 
 
 async def complete(fetcher: Fetcher, cas: Cas) -> None:
@@ -26,7 +36,7 @@ async def complete(fetcher: Fetcher, cas: Cas) -> None:
     cancelled = threading.Event()
     layer = fetcher.layer
     try:
-        await interruptible(lambda: layer.verify(cancelled.is_set), cancelled.set)
+        await interruptible(partial(_verify, layer, cancelled.is_set), cancelled.set)
         await interruptible(lambda: layer.finish(cas), lambda: None)
     except (StorageFailed, PullCancelled):
         raise

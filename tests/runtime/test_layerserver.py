@@ -581,11 +581,12 @@ async def test_who_reads_a_layer_that_was_removed_reads_no_zeros(
         assert not any_left(site.run, layers)
 
 
-def _spoilt(right: bytes, how: str) -> bytes:
+def _spoilt(path: Path, how: str) -> bytes:
     match how:
         case "ones":
-            return b"\xff" * len(right)
+            return b"\xff" * path.stat().st_size
         case "one bit":
+            right = path.read_bytes()
             middle = len(right) // 2
             return right[:middle] + bytes([right[middle] ^ 1]) + right[middle + 1 :]
     return b""
@@ -607,10 +608,10 @@ async def test_a_layer_that_is_damaged_stands_in_nobodys_way(
         await site.client.device(DIFF_ID)
         os.kill((await site.client.status()).pid, signal.SIGKILL)
         path = site.store.layers.present(DIFF_ID).directory / file
-        right = path.read_bytes()
+        spoilt = _spoilt(path, how)
         path.unlink()
         if how != "gone":
-            path.write_bytes(_spoilt(right, how))
+            path.write_bytes(spoilt)
         await until(lambda: site.restarts == 2)
         assert (await site.client.status()).layers == {}
         if (file, how) == ("blob", "gone"):  # as while a layer is completed

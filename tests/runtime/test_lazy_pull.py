@@ -30,7 +30,7 @@ from store.manifest import Descriptor
 from store.push import Pusher
 from store.reference import parse_reference
 from store.registry import Registry as Client
-from store.spans import SpanTable
+from store.spans import SpanTable, SpanWriter
 from tests.runtime.site import Site, push_blobs, until
 from tests.support import lazy, tars
 from tests.support import proxy as faults
@@ -251,16 +251,17 @@ def other_document(directory: Path) -> bytes:
 def with_wrong_digests(directory: Path) -> bytes:
     """An index by which no byte of the layer is right."""
     index = index_of(BLOB, ARCHIVE, directory)
-    table_of(index, directory).close()
-    path = directory / "spans"
-    data = bytearray(path.read_bytes())
-    table = SpanTable(path)
+    table = table_of(index, directory)
+    writer = SpanWriter(table.codec, table.blob_size)
     for number in range(table.spans):
-        start = data.index(table.span(number).digest)
-        data[start] ^= 1
+        span = table.span(number)
+        span.digest = bytes([span.digest[0] ^ 1]) + span.digest[1:]
+        span.window = table.window(number)
+        writer.add(span, list(table.pieces_of(span)))
+    with (directory / "wrong").open("wb") as wrong:
+        writer.write(wrong, table.data_size)
     table.close()
-    path.write_bytes(data)
-    table = SpanTable(path)
+    table = SpanTable(directory / "wrong")
     file = io.BytesIO()
     encode_index(index.entries, table, LAYER.content, DIFF_ID, file)
     table.close()

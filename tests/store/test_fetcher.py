@@ -20,6 +20,7 @@ from store.fetcher import AGAIN_SECONDS, Reading, Slots
 from store.index import Entry
 from store.lazy import LazyLayer, LazyRecord
 from store.manifest import Descriptor
+from store.priority import Nicely
 from store.reference import parse_reference
 from store.registry import Registry as Source
 from tests.support import proxy as faults
@@ -88,6 +89,40 @@ async def test_many_readers_of_one_chunk_make_one_request(place: Place, proxy: P
         for _ in range(30):
             nursery.start_soon(fetcher.read, 0, 100)
     assert len(asked(proxy)) == 1
+
+
+async def test_filling_gives_way_until_a_reader_waits_for_it(
+    place: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    priorities: dict[int, int] = {}
+    take, hurry = LazyLayer.take, Nicely.hurry
+    one_came, waits = threading.Event(), threading.Event()
+
+    def taking(layer: LazyLayer, number: int, blob: memoryview) -> None:
+        take(layer, number, blob)
+        priorities[number] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        if priorities[number] == 19:
+            one_came.set()
+            assert waits.wait(10)
+
+    def hurried(pace: Nicely) -> None:
+        hurry(pace)
+        if one_came.is_set():
+            waits.set()
+
+    monkeypatch.setattr(LazyLayer, "take", taking)
+    monkeypatch.setattr(Nicely, "hurry", hurried)
+    async with place.fetching() as fetcher, trio.open_nursery() as nursery:
+        entry = place.made.entries[3]
+        first = fetcher.layer.table.spans_for(entry.offset, entry.size)[0]
+        (begun,) = fetcher.layer.table.spans_for(0, 100)
+        await fetcher.read(0, 100)
+        nursery.start_soon(fetcher.bring, range(first, first + 4), trio.CapacityLimiter(1))
+        assert await trio.to_thread.run_sync(one_came.wait, 10)
+        await fetcher.wait([first + 3], Reading(0))
+    hurried_on = dict.fromkeys(range(first + 1, first + 4), usual)
+    assert priorities == {begun: usual, first: 19} | hurried_on
 
 
 async def test_requests_under_way_are_bounded(place: Place, proxy: Proxy) -> None:
