@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import resource
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,28 @@ def test_programs_that_are_not_there() -> None:
         find_program("nosuch")
     with pytest.raises(Unsupported):
         OciRuntime(RuntimeConfig(runtime="nosuch"), Path("/nowhere")).path()
+
+
+def test_what_starts_containers_is_read_ahead(tmp_path: Path) -> None:
+    program = tmp_path / "runc"
+    program.write_bytes(os.urandom(1 << 20))
+    program.chmod(0o755)
+    with program.open("rb") as file:
+
+        def in_memory() -> bool:
+            with suppress(BlockingIOError):
+                end = file.seek(0, os.SEEK_END) - 4096
+                return os.preadv(file.fileno(), [bytearray(1)], end, os.RWF_NOWAIT) == 1
+            return False
+
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert not in_memory()
+        oci.read_ahead(RuntimeConfig(runtime=str(program), conmon="nosuch"))
+        deadline = time.monotonic() + 10
+        while not in_memory():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_documents_are_json() -> None:
