@@ -257,7 +257,12 @@ class Adapter(pyfuse3.Operations):
             child = parent.lookup(_text(name))
             if child is None:
                 raise FUSEError(errno.ENOENT)
+            if isinstance(child, CommandFile) and self._is_written(child):
+                self.inodes.retire(child)  # each who comes now gets one, since all may write
             return await self._child_attributes(child)
+
+    def _is_written(self, node: Node) -> bool:
+        return any(self._node(inode).key == node.key for inode in self._busy)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         """The kernel gives numbers back."""

@@ -112,6 +112,19 @@ def test_a_pull_does_not_wait_for_another(mount: Mount, tmp_path: Path) -> None:
         assert puller.wait(10) != 0
 
 
+def test_many_at_once_write_to_one_file(mount: Mount, busybox: str) -> None:
+    again = mount.path / "images" / busybox / "source"
+    script = 'for i in 1 2 3 4 5; do echo "$0" > images/pull || exit; done'
+    command = ["sh", "-c", script, again.read_text()]
+    writers = [
+        subprocess.Popen(command, cwd=mount.path, stderr=subprocess.PIPE, text=True)
+        for _ in range(20)
+    ]
+    for writer in writers:
+        _, complaints = writer.communicate(timeout=60)
+        assert (writer.returncode, complaints) == (0, "")
+
+
 def test_without_blocking(mount: Mount, sleeper: Path) -> None:
     for name in ("containers/sleeper/wait", "events"):
         descriptor = os.open(mount.path / name, os.O_RDONLY | os.O_NONBLOCK)
