@@ -15,9 +15,10 @@ bytes, verified, are in ``data`` and in ``blob``. That order is kept by the page
 process is killed; after the machine went down without notice, what ``present`` claims is
 verified again.
 
-``present``, little endian: magic ``ctrfspre``, 16 bytes of the boot's id, u64 bytes of the
-blob that are here; then one byte for each span: 0 missing, 1 here, 2 here from another layer's
-blob, 3 its contents are here from another layer, but not the blob's bytes.
+``present``, little endian: magic ``ctrfspr2``, 16 bytes of the boot's id, u64 bytes of the
+blob that are here; then one byte for each span: 0 missing, 3 here, 5 here from another layer's
+blob, 6 its contents are here from another layer, but not the blob's bytes. One flipped bit makes
+none of these of another.
 """
 
 import hashlib
@@ -50,14 +51,14 @@ from store.spans import Codec, Piece, SpanTable
 
 log = logging.getLogger(__name__)
 
-MAGIC = b"ctrfspre"
+MAGIC = b"ctrfspr2"
 _HEAD = struct.Struct("<8s16sQ")
 
 # What ``present`` says of a span that is here.
-_HERE, _BORROWED, _CONTENTS = 1, 2, 3
-_STATES = b"\0\1\2\3"
-_KEPT = re.compile(b"[\1\2]")
-_NOT_KEPT = re.compile(b"[\0\3]")
+_HERE, _BORROWED, _CONTENTS = 3, 5, 6
+_STATES = b"\0\3\5\6"
+_KEPT = re.compile(b"[\3\5]")
+_NOT_KEPT = re.compile(b"[\0\6]")
 
 _PRESENT = "present"
 _REFUSED = "refused"
@@ -187,7 +188,7 @@ def prepare(
         for number in touched:
             # What came before or after the contents, as a table of contents at the end.
             if not table.can_verify(number) and _covered(table.range_of(number), known):
-                present[number] = 1
+                present[number] = _HERE
                 total += table.range_of(number)[1] - table.range_of(number)[0]
     finally:
         table.close()

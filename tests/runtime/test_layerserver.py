@@ -598,7 +598,7 @@ def _spoilt(path: Path, how: str) -> bytes:
     [
         *itertools.product(["present", "spans", "lazy.json", "data", "blob"], ["empty", "gone"]),
         *itertools.product(["present", "spans", "lazy.json"], ["ones"]),
-        ("spans", "one bit"),
+        *itertools.product(["spans", "present"], ["one bit"]),
     ],
 )
 async def test_a_layer_that_is_damaged_stands_in_nobodys_way(
