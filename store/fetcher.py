@@ -90,7 +90,7 @@ class Slots:
 
 @dataclass(slots=True)
 class _Failure:
-    """Somebody has waited in vain; ``told`` are the processes that know."""
+    """Processes have waited in vain: those that were ``told``."""
 
     until: float
     error: StoreError
@@ -103,13 +103,14 @@ class _GivenUp:
     def __init__(self) -> None:
         self._failures: dict[int, _Failure] = {}
 
-    def add(self, spans: Iterable[int], error: StoreError, pid: int) -> None:
+    def add(self, spans: Sequence[int], error: StoreError, pid: int) -> None:
         """A process has waited for these."""
         now = trio.current_time()
         self._failures = {
             n: failure for n, failure in self._failures.items() if failure.until > now
         }
-        failure = _Failure(now + AGAIN_SECONDS, error, {pid})
+        told = {pid}.union(*(self._failures[n].told for n in spans if n in self._failures))
+        failure = _Failure(now + AGAIN_SECONDS, error, told)
         self._failures.update(dict.fromkeys(spans, failure))
 
     def find(self, spans: Iterable[int]) -> _Failure | None:
@@ -216,10 +217,7 @@ class Fetcher:
                 ago.
         """
         known = self._given_up.find(missing)
-        if known is not None:
-            if reading.pid not in known.told:
-                known.told.add(reading.pid)
-                self._failed(self.layer.diff_id, known.error, reading)
+        if known is not None and reading.pid in known.told:
             raise known.error
         try:
             if self.layer.table.in_order:

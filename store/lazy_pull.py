@@ -84,6 +84,13 @@ class LayerIndexes:
             log.warning("the index of %s is not used: %s", layer.digest, error.sentence)
             return None
 
+    @property
+    def lack(self) -> str:
+        """What is not there when no index is found."""
+        if isinstance(self._source, Registry) and not self._trusted(self._source):
+            return "an index in the registry is not used for this name (remote_indexes)"
+        return "there is no index of it"
+
     def _trusted(self, source: Registry) -> bool:
         policy = self._store.config.lazy.remote_indexes
         return policy == "always" or (policy == "tag" and not source.by_digest)
@@ -139,7 +146,7 @@ class LazyPull:
         if layout is None:
             found = self._indexes.find(descriptor, diff_id)
             if found is None:
-                raise NotLazy("it has no table of contents, and there is no index of it")
+                raise NotLazy(f"it has no table of contents, and {self._indexes.lack}")
             layout, vouched = found
         record = LazyRecord(descriptor, (self.origin,), vouched)
         return self._store.layers.add_lazy(

@@ -311,6 +311,8 @@ async def test_an_index_in_the_registry_is_used_where_it_is_trusted(
         image = await site.pull(f"{front.host}/{name}")
         assert site.lazy_layers(image) == ["gzip+index" if used else ""]
         assert bool(front.paths("referrers|manifests/sha256-")) == used
+        layer = site.store.layers.get(DIFF_ID)
+        assert layer and ("remote_indexes" in layer.record.not_lazy) != used
         await site.client.complete(DIFF_ID)
         assert whole(site) == honest(tmp_path)
         assert not site.store.damaged(image)

@@ -254,10 +254,12 @@ async def test_no_reader_hangs_longer_than_its_time(place: Place, proxy: Proxy) 
         assert trio.current_time() - begin < 0.9
         assert len(place.failures) == 1
         spans = fetcher.layer.table.spans_for(0, 10)
-        for pid in (7, 8, 7):  # others wait no longer either, but are told
+        for pid, waits in ((7, True), (8, True), (7, False)):  # others have not waited yet
+            begin = trio.current_time()
             with pytest.raises(RegistryTimeout):
                 await fetcher.wait(fetcher.want(spans), Reading(0, pid))
-        assert trio.current_time() - begin < 0.9
+            assert (trio.current_time() - begin > 0.4) == waits
+            assert trio.current_time() - begin < 0.9
         assert len(place.failures) == 3
         proxy.heal()
         await trio.sleep(AGAIN_SECONDS)
