@@ -271,7 +271,7 @@ class Fetch(_Value, CommandFile):
 
     def read(self) -> str:
         """What can be written back."""
-        return "all" if self.parent.context.store.percent(self.image) is None else ""
+        return "all" if self.parent.context.store.complete(self.image.diff_ids) else ""
 
     async def command(self, text: str, caller: Caller) -> None:
         """Fetch."""
@@ -279,8 +279,10 @@ class Fetch(_Value, CommandFile):
         if not text:
             refuse("write all, or a path in the image", errno.EINVAL)
         if text == "all":
-            for diff_id in context.store.incomplete(image):
-                await context.layers.complete(diff_id)
+            for diff_id in image.diff_ids:
+                layer = await trio.to_thread.run_sync(context.store.layers.present, diff_id)
+                if not layer.complete:
+                    await context.layers.complete(diff_id)
             return
         ranges = await trio.to_thread.run_sync(context.store.locate, image, text)
         for diff_id, wanted in ranges.items():

@@ -861,7 +861,12 @@ def test_an_index_that_lies_is_found_out(
     line = mount.last_error()
     assert f"/images/{name}/layers/0/rootfs: read" in line
     assert "index that the layer was loaded by is wrong: '/bin/tool' is another" in line
+    for wanted in ("all", "bin/tool"):
+        code, sentence = mount.refused(f"images/{name}/fetch", wanted)
+        assert (code, "damaged" in sentence) == (errno.EIO, True)
+    assert mount.read(f"images/{name}/fetch") == ""
     mount.pull(name)
+    assert mount.read(f"images/{name}/fetch") == "all"
     assert mount.read(f"images/{name}/state") == "complete"
     tool = mount.path / "images" / name / "rootfs/bin/tool"
     assert not tool.stat().st_mode & stat.S_ISUID
