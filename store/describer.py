@@ -59,14 +59,19 @@ class Describer:
     """
 
     def __init__(self) -> None:
-        self._ahead = False
+        self._ahead = self._silent = False
         self._process: _Apart | None = None
 
-    def start_ahead(self) -> None:
-        """Have a process from now on; it takes some megabytes of memory."""
+    def start_ahead(self, *, silent: bool = False) -> None:
+        """Have a process from now on; it takes some megabytes of memory.
+
+        Args:
+            silent: it logs nothing, and holds nobody's standard error open.
+        """
+        self._silent = silent
         self._ahead = len(os.sched_getaffinity(0)) > 1
         if self._ahead and self._process is None:
-            self._process = _Apart()
+            self._process = _Apart(silent)
 
     @contextmanager
     def describing(
@@ -91,7 +96,7 @@ class Describer:
                 self._process = process
             else:  # it has taken much memory, or goes on with what nobody wants
                 process.close()
-                self._process = _Apart() if self._ahead else None
+                self._process = _Apart(self._silent) if self._ahead else None
 
     def _take(self, is_large: bool) -> "_Apart | None":
         process, self._process = self._process, None
@@ -100,7 +105,7 @@ class Describer:
         if process is not None:
             process.close()
         wanted = self._ahead or (is_large and len(os.sched_getaffinity(0)) > 1)
-        return _Apart() if wanted else None
+        return _Apart(self._silent) if wanted else None
 
     def close(self) -> None:
         """End the process."""
@@ -152,7 +157,7 @@ class _Apart:
     """The side that asks. It says how many inodes a layer may have, with the descriptors of its
     files; then whenever there is a block of entries to read; and the frame at last."""
 
-    def __init__(self) -> None:
+    def __init__(self, silent: bool) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._busy = False
         with theirs:
@@ -161,6 +166,7 @@ class _Apart:
                 [sys.executable, "-P", "-m", "store.describer"],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL if silent else None,
                 start_new_session=True,  # signals from a terminal are for the daemon
             )
 

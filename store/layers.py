@@ -171,11 +171,11 @@ class Layers:
                 if path.is_dir() and path not in (self._chains, self._temporary):
                     self._adopt(path)
 
-    def expect_lazy(self) -> None:
+    def expect_lazy(self, *, silent: bool) -> None:
         """Lazy layers will be made, and somebody will wait for each: start ahead what that takes
-        until ``close``."""
+        until ``close``, ``silent`` if it must not write to standard error."""
         with self._building:
-            self._describer.start_ahead()
+            self._describer.start_ahead(silent=silent)
 
     def close(self) -> None:
         """End what was started ahead."""

@@ -57,8 +57,10 @@ _HEAD = struct.Struct("<8s16sQ")
 # What ``present`` says of a span that is here.
 _HERE, _BORROWED, _CONTENTS = 3, 5, 6
 _STATES = b"\0\3\5\6"
+_HAS = frozenset((_HERE, _BORROWED, _CONTENTS))
+# Whatever else stands there, by damage to the file, is nothing that is here.
 _KEPT = re.compile(b"[\3\5]")
-_NOT_KEPT = re.compile(b"[\0\6]")
+_NOT_KEPT = re.compile(b"[^\3\5]")
 
 _PRESENT = "present"
 _REFUSED = "refused"
@@ -243,6 +245,7 @@ class LazyLayer:
         self.complete = False
         self._inflater = Inflater(self.table, self.read_blob)
         self._lock = threading.Lock()
+        self._here_before = 0  # this span all were here when somebody looked
         with ExitStack() as opened:
             opened.callback(self.table.close)
             with storage(f"opening the layer in {directory}"):
@@ -253,17 +256,12 @@ class LazyLayer:
                 self._present = opened.enter_context(self._map_present())
             if self._present[8:24] != _boot_id():
                 self._recheck()
-            self._count()
             self._opened = opened.pop_all()
 
     def _map_present(self) -> mmap.mmap:
         with (self.directory / _PRESENT).open("r+b") as file:
             self.identity = os.fstat(file.fileno()).st_ino
             return mmap.mmap(file.fileno(), 0)
-
-    def _count(self) -> None:
-        states = self._present[_HEAD.size :]
-        self._left = states.count(0) + states.count(_CONTENTS)
 
     @property
     def size(self) -> int:
@@ -279,11 +277,13 @@ class LazyLayer:
     @property
     def whole(self) -> bool:
         """Whether nothing is missing; it may not be verified yet."""
-        return self._left == 0
+        with self._lock:
+            self._here_before = self.next_absent(self._here_before)
+            return self._here_before == self.table.spans
 
     def has(self, number: int) -> bool:
         """Whether the contents of a span are here."""
-        return bool(self._present[_HEAD.size + number])
+        return self._present[_HEAD.size + number] in _HAS
 
     def keeps(self, number: int) -> bool:
         """Whether all of a span is here, the blob's bytes as well."""
@@ -374,23 +374,24 @@ class LazyLayer:
             if not self.keeps(number):
                 # The sum first: a process that dies in between leaves one that is too high by
                 # one span, which only a percentage shows.
-                struct.pack_into("<Q", self._present, 24, self.fetched + end - start)
+                self._set_fetched(self.fetched + end - start)
                 self._present[_HEAD.size + number] = how
-                self._left -= 1
 
     def forget(self, number: int) -> None:
         """A span has to come again."""
         start, end = self.table.range_of(number)
         with self._lock:
             if self.keeps(number):
-                struct.pack_into("<Q", self._present, 24, self.fetched - (end - start))
-                self._left += 1
+                self._set_fetched(self.fetched - (end - start))
             self._present[_HEAD.size + number] = 0
+            self._here_before = min(self._here_before, number)
+
+    def _set_fetched(self, count: int) -> None:
+        struct.pack_into("<Q", self._present, 24, min(max(count, 0), self.table.blob_size))
 
     def _recheck(self) -> None:
         """After a power cut: what was verified may never have reached the disk."""
         log.info("verifying what is here of %s after a restart of the machine", self.diff_id)
-        self._count()
         for number in range(self.table.spans):
             if not self.has(number):
                 continue

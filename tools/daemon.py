@@ -4,6 +4,7 @@ import logging
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import trio
 
@@ -50,7 +51,7 @@ def run(options: Options, ready: Callable[[], None], level: str, *, background: 
     async def serve() -> None:
         store = await trio.to_thread.run_sync(Store, options.root, config.store, events)
         client = layers.client(options, store, level, background=background)
-        await _serve(options, config, store, client, ready)
+        await _serve(options, config, store, client, ready, background=background)
 
     trio.run(serve)
 
@@ -61,6 +62,8 @@ async def _serve(
     store: Store,
     client: LayerClient,
     ready: Callable[[], None],
+    *,
+    background: bool,
 ) -> None:
     rootfs = await trio.to_thread.run_sync(
         Rootfs, options.run, None, lambda diff_id: trio.from_thread.run(client.device, diff_id)
@@ -97,7 +100,8 @@ async def _serve(
                 ),
             )
             if config.store.lazy.mode == "lazy":
-                await trio.to_thread.run_sync(store.layers.expect_lazy)
+                expect = partial(store.layers.expect_lazy, silent=background)
+                await trio.to_thread.run_sync(expect)
             nursery.start_soon(indexer.run)
             nursery.start_soon(_release_copies, rootfs)
             await client.wait_until_up()

@@ -224,6 +224,6 @@ def _want(fetcher: Fetcher, event: Event) -> list[int]:
     layer = fetcher.layer
     # A read may ask for more than there is; one of nothing is about its first byte.
     length = min(max(event.count, 1), layer.size - event.offset)
-    if layer.whole or length <= 0:
+    if length <= 0:
         return []
     return fetcher.want(layer.table.spans_for(event.offset, length))

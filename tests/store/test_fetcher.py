@@ -125,6 +125,24 @@ async def test_filling_gives_way_until_a_reader_waits_for_it(
     assert priorities == {begun: usual, first: 19} | hurried_on
 
 
+@pytest.mark.parametrize("bit", [1, 2, 4])
+async def test_what_says_that_spans_are_here_is_damaged_in_use(place: Place, bit: int) -> None:
+    async with place.fetching() as fetcher:
+        layer = fetcher.layer
+        await fetcher.fetch(range(layer.table.spans - 1), blob=True)
+        for number in (3, layer.table.spans - 1):  # one that is here, and one that is not
+            with (layer.directory / "present").open("r+b") as file:
+                file.seek(number - layer.table.spans, os.SEEK_END)
+                (state,) = file.read(1)
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([state ^ bit]))
+            assert not layer.has(number)
+        assert not layer.whole
+        await fetcher.fetch(range(layer.table.spans), blob=True)
+        assert layer.whole and layer.fetched == layer.table.blob_size
+        assert await read_all(fetcher) == place.made.data
+
+
 async def test_requests_under_way_are_bounded(place: Place, proxy: Proxy) -> None:
     under_way = most = 0
     lock, all_there = threading.Lock(), threading.Event()
