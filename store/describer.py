@@ -69,7 +69,7 @@ class Describer:
             silent: it logs nothing, and holds nobody's standard error open.
         """
         self._silent = silent
-        self._ahead = len(os.sched_getaffinity(0)) > 1
+        self._ahead = _can_do_both()
         if self._ahead and self._process is None:
             self._process = _Apart(silent)
 
@@ -100,11 +100,11 @@ class Describer:
 
     def _take(self, is_large: bool) -> "_Apart | None":
         process, self._process = self._process, None
-        if process is not None and process.is_free:
-            return process
         if process is not None:
+            if process.is_free:
+                return process
             process.close()
-        wanted = self._ahead or (is_large and len(os.sched_getaffinity(0)) > 1)
+        wanted = self._ahead or (is_large and _can_do_both())
         return _Apart(self._silent) if wanted else None
 
     def close(self) -> None:
@@ -113,6 +113,11 @@ class Describer:
         if self._process is not None:
             self._process.close()
             self._process = None
+
+
+def _can_do_both() -> bool:
+    """Whether another process can do something while this one does."""
+    return len(os.sched_getaffinity(0)) > 1
 
 
 class _Here:

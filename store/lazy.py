@@ -56,8 +56,8 @@ _HEAD = struct.Struct("<8s16sQ")
 
 # What ``present`` says of a span that is here.
 _HERE, _BORROWED, _CONTENTS = 3, 5, 6
-_STATES = b"\0\3\5\6"
 _HAS = frozenset((_HERE, _BORROWED, _CONTENTS))
+_STATES = bytes((0, *_HAS))
 # Whatever else stands there, by damage to the file, is nothing that is here.
 _KEPT = re.compile(b"[\3\5]")
 _NOT_KEPT = re.compile(b"[^\3\5]")

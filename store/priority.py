@@ -3,7 +3,6 @@
 import os
 import threading
 from contextlib import suppress
-from types import TracebackType
 
 _LOWEST = 19
 
@@ -27,12 +26,7 @@ class Nicely:
                 self._before = os.getpriority(os.PRIO_PROCESS, self._thread)
                 os.setpriority(os.PRIO_PROCESS, self._thread, _LOWEST)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.hurry()
 
     def hurry(self) -> None:
