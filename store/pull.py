@@ -197,12 +197,11 @@ class Pulls:
         filling = self._filling if mode == "lazy" else None
         lazily = LazyPull(self._store, source, origin, found.chosen, filling) if filling else None
         async with self._leftovers.gone_if_refused(image, map(digest_of, found.documents)):
-            progress.image = image
             progress.state = "pulling"
             part = _Part(source, origin, image.name, lazily)
             await side_by_side(
                 (
-                    partial(self._keep, found.documents),
+                    partial(self._keep, found.documents, image, progress),
                     partial(self._all_layers, part, wanted, states),
                 )
             )
@@ -215,9 +214,11 @@ class Pulls:
         self._have_indexed(wanted)
         return image
 
-    async def _keep(self, documents: Sequence[bytes]) -> None:
+    async def _keep(self, documents: Sequence[bytes], image: Image, progress: PullProgress) -> None:
         for document in documents:
             await to_end(partial(self._store.cas.put, document))
+        # Not before: who sees the image reads them.
+        progress.image = image
 
     def _have_filled(self, image: Image, filling: Filling | None) -> None:
         """The rest of lazy layers may come as well, now that there is an image that has them."""

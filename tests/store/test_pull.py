@@ -809,6 +809,7 @@ async def test_progress(store: Store, proxy: Proxy, big: Pushed) -> None:
         assert progress.line() == f"{name} pulling 49% {3 << 20} {blob['size']}"
         (layer,) = progress.layers
         assert layer.digest == blob["digest"]
+        await until(lambda: bool(pulls.active()))
         (image,) = pulls.active()
         assert image.name == name and image.layers[0].digest == blob["digest"]
         assert store.cas.contains(image.digest) and name not in store.images
