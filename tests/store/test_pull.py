@@ -658,7 +658,7 @@ async def test_what_another_pull_wants_stays(
     pulls = Pulls(store)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pulls.pull, PullRequest(f"{proxy.host}/{good}"))
-        await until(lambda: bool(store.layers.get(Digest(sha256(BASE)))))
+        await until(lambda: bool(store.layers.get(Digest(sha256(BASE))) and pulls.active()))
         before = stored(store.root)
         await refused_beside_others(pulls, f"{proxy.host}/{bad}")
         assert [progress.state for progress in pulls.progress()] == ["pulling"]
