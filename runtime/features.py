@@ -4,7 +4,7 @@ import errno
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from runtime.oci import ENVIRONMENT, find_program
 from runtime.rootfs import mount_file, mount_loop
 from store.erofs import write_image
 from store.errors import storage
-from store.layers import LayerImage
 from store.tree import Directory
 
 # EROFS learned to take file contents from another file or device in 5.16.
@@ -148,14 +147,18 @@ def _fuse() -> Check:
 
 
 def _erofs(
-    place: Path, name: str, mount: Callable[[LayerImage, str], None], *, required: bool
+    place: Path,
+    name: str,
+    mount: Callable[[Path, Sequence[Path], str], None],
+    *,
+    required: bool,
 ) -> Check:
     def attempt(directory: Path) -> None:
         meta, target = directory / "meta.erofs", directory / "target"
         target.mkdir()
         with open(meta, "wb") as file:
             write_image(Directory(mode=0o40755), file, 0, bytes(16))
-        mount(LayerImage("probe", meta, None), str(target))
+        mount(meta, (), str(target))
         linux.umount(str(target))
 
     ok, found = _attempt(attempt, place)

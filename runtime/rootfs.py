@@ -2,7 +2,7 @@
 
     <run>/layers/<key>              a layer's EROFS image, mounted once, read-only
     <run>/layers/<key>.f            the same while its contents come through the layer server
-    <run>/data/<key>                a link to the file with a mounted layer's contents
+    <run>/data/<key>                a link to the directory with a mounted layer's contents
     <run>/empty                     the lower directory of images that have no layer
     <run>/containers/<uid>/rootfs   a container's overlay
 
@@ -15,16 +15,14 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal
-
-import msgspec
 
 from runtime import linux
 from runtime.errors import ContainerBusy, MountFailed, Unsupported
 from runtime.layerserver.protocol import Device
-from store import lazy
+from store import data_files, lazy
 from store.cas import Digest
 from store.erofs import lacks_acls
 from store.layers import LayerImage
@@ -97,25 +95,26 @@ class Rootfs:
             MountFailed: the kernel refuses the image.
             Unsupported: the kernel has no EROFS, or no way to mount it.
         """
-        image, served = self._with_device(image)
+        served = self._served(image)
         target = self._layers / (image.key[: -len(_SERVED)] + _SERVED if served else image.key)
         with self._lock:
             if not linux.is_mountpoint(str(target)):
                 target.mkdir(mode=0o700, exist_ok=True)
-                self._mount_layer(image, str(target))
+                files = image.data.paths if image.data else ()
+                devices = [Path(served)] * len(files) if served else files
+                self._mount_layer(image.meta, devices, str(target))
                 if image.data and not served:
                     with suppress(FileExistsError):
-                        (self._data / target.name).symlink_to(image.data)
+                        (self._data / target.name).symlink_to(image.data.directory)
         return target
 
-    def _with_device(self, image: LayerImage) -> tuple[LayerImage, bool]:
-        """The image with what to mount as its device, and whether the layer server serves that."""
+    def _served(self, image: LayerImage) -> str | None:
+        """The file that the layer server serves in place of each data file, if it does."""
         if image.incomplete is None:
-            return image, False
+            return None
         if self._devices is None:
             raise MountFailed(f"the layer {image.incomplete} is incomplete, and nobody serves it")
-        device = self._devices(image.incomplete)
-        return msgspec.structs.replace(image, data=Path(device.path)), device.served
+        return self._devices(image.incomplete).served
 
     def forget_layers(self, *, only_served: bool) -> bool:
         """Detach layers so that they are mounted anew: all, or those whose server has died. Who
@@ -134,11 +133,11 @@ class Rootfs:
                     found = True
         return found
 
-    def _mount_layer(self, image: LayerImage, target: str) -> None:
+    def _mount_layer(self, meta: Path, devices: Sequence[Path], target: str) -> None:
         try:
             if self._method != "loop":
                 try:
-                    mount_file(image, target)
+                    mount_file(meta, devices, target)
                     self._method = "file"
                     return
                 except OSError as error:
@@ -146,10 +145,10 @@ class Rootfs:
                     # files of this file system, for example tmpfs; or the image is bad.
                     if self._method == "file" or error.errno not in (errno.ENOTBLK, errno.EINVAL):
                         raise
-            mount_loop(image, target)
+            mount_loop(meta, devices, target)
             self._method = "loop"
         except OSError as error:
-            raise _layer_failure(image, error) from error
+            raise _layer_failure(meta, error) from error
 
     def unmount_unused_layers(self) -> None:
         """Unmount the layers that no container needs. Views that are still there keep working.
@@ -174,10 +173,11 @@ class Rootfs:
         """Let the kernel forget what it has read of the files with layers' contents: EROFS keeps in
         memory what it reads of them. Those of incomplete layers are still to be written."""
         for link in self._data.iterdir():
-            path = Path(os.path.realpath(link))
-            with suppress(OSError):  # gone; and nothing is lost if it can't be opened
-                if lazy.is_complete(path.parent):
-                    _release(path)
+            directory = Path(os.path.realpath(link))
+            if lazy.is_complete(directory):
+                for path in directory.glob(f"{data_files.NAME}*"):
+                    with suppress(OSError):  # gone; and nothing is lost if it can't be opened
+                        _release(path)
 
     # --- merged trees ----------------------------------------------------------------
 
@@ -302,51 +302,43 @@ def _release(path: Path) -> None:
         os.close(descriptor)
 
 
-def mount_file(image: LayerImage, target: str) -> None:
+def mount_file(meta: Path, devices: Sequence[Path], target: str) -> None:
     """Mount an EROFS image straight from its file.
 
-    The data file is named through a descriptor: ``device=`` knows no way to write a
-    comma in a path.
+    Data files are named through descriptors: ``device=`` knows no way to write a comma in a path.
     """
-    if image.data is None:
-        linux.mount(str(image.meta), target, "erofs", _VIEW_FLAGS, _options(image))
-        return
-    data = os.open(image.data, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        options = _options(image, f"/proc/self/fd/{data}")
-        linux.mount(str(image.meta), target, "erofs", _VIEW_FLAGS, options)
-    finally:
-        os.close(data)
+    with ExitStack() as held:
+        names = []
+        for path in devices:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            held.callback(os.close, descriptor)
+            names.append(f"/proc/self/fd/{descriptor}")
+        linux.mount(str(meta), target, "erofs", _VIEW_FLAGS, _options(meta, names))
 
 
-def mount_loop(image: LayerImage, target: str) -> None:
+def mount_loop(meta: Path, devices: Sequence[Path], target: str) -> None:
     """Mount an EROFS image through loop devices, which go with the mount."""
-    held: list[int] = []
-    try:
-        descriptor, meta = linux.attach_loop(str(image.meta))
-        held.append(descriptor)
-        device = ""
-        if image.data is not None:
-            descriptor, device = linux.attach_loop(str(image.data))
-            held.append(descriptor)
-        linux.mount(meta, target, "erofs", _VIEW_FLAGS, _options(image, device))
-    finally:
-        for descriptor in held:
-            os.close(descriptor)
+    with ExitStack() as held:
+        names = []
+        for path in (meta, *devices):
+            descriptor, name = linux.attach_loop(str(path))
+            held.callback(os.close, descriptor)
+            names.append(name)
+        linux.mount(names[0], target, "erofs", _VIEW_FLAGS, _options(meta, names[1:]))
 
 
-def _options(image: LayerImage, device: str = "") -> str:
-    options = [f"device={device}"] if device else []
-    if lacks_acls(image.meta):
+def _options(meta: Path, devices: Sequence[str]) -> str:
+    options = [f"device={device}" for device in devices]
+    if lacks_acls(meta):
         options.append("noacl")
     return ",".join(options)
 
 
-def _layer_failure(image: LayerImage, error: OSError) -> MountFailed | Unsupported:
+def _layer_failure(meta: Path, error: OSError) -> MountFailed | Unsupported:
     if error.errno == errno.ENODEV:
         return Unsupported("this kernel has no EROFS; load it with `modprobe erofs`")
     return MountFailed(
-        f"the layer image {image.meta} cannot be mounted: {error.strerror}; pull the image"
+        f"the layer image {meta} cannot be mounted: {error.strerror}; pull the image"
         " again, or see the kernel's log (dmesg)",
         errno=error.errno,
     )

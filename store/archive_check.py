@@ -6,13 +6,13 @@ the data file that were used until then: only that makes a layer what its diff_i
 any other image may name as well.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from store.cas import CHUNK
+from store.data_files import OpenData
 from store.errors import DigestMismatch
 from store.estargz import only_steers
 from store.extents import Places
@@ -27,19 +27,19 @@ class ArchiveCheck(Places):
 
     Args:
         index: the layer's index.
-        data_fd: its data file.
+        data: its contents.
 
     Every method raises DigestMismatch at the first difference, and InvalidLayer or
     LimitExceeded for an archive that can't be a layer's.
     """
 
-    def __init__(self, index: Path, data_fd: int) -> None:
+    def __init__(self, index: Path, data: OpenData) -> None:
         super().__init__()
         self._said: Iterator[Entry] = iter(read_index(index))
         self._next = next(self._said, None)
-        self._data_fd = data_fd
+        self._data = data
         self._parser = TarParser(self)
-        self._checked = 0  # up to here the data file is right
+        self._checked = 0  # up to here the contents are right
         self._left_out = False  # the content that comes now
 
     def feed(self, view: memoryview) -> None:
@@ -72,7 +72,7 @@ class ArchiveCheck(Places):
         if self._left_out:
             return
         self._skip_to(self.target)
-        if os.pread(self._data_fd, len(view), self.target) != bytes(view):
+        if self._data.read(self.target, len(view)) != bytes(view):
             raise _wrong("the layer has other contents")
         self.target += len(view)
         self._checked = self.target
@@ -80,14 +80,10 @@ class ArchiveCheck(Places):
     def _skip_to(self, position: int) -> None:
         """What lies between contents must be zeros; holes are, and are not looked at."""
         while self._checked < position:
-            try:
-                start = os.lseek(self._data_fd, self._checked, os.SEEK_DATA)
-            except OSError:  # nothing but a hole up to the end
-                start = position
+            start = self._data.next_written(self._checked, position)
             if start >= position:
                 break
-            start = max(start, self._checked)
-            piece = os.pread(self._data_fd, min(CHUNK, position - start), start)
+            piece = self._data.read(start, min(CHUNK, position - start))
             if any(piece):
                 raise _wrong("it puts contents where the layer has none")
             self._checked = start + len(piece)

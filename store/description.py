@@ -13,11 +13,12 @@ from store.tree_builder import Builder
 
 
 class Frame(msgspec.Struct, frozen=True):
-    """What an image says of a layer besides its files: the size of the data file in bytes, and 16
-    bytes to tell images apart."""
+    """What an image says of a layer besides its files: the size of the data files in bytes, 16
+    bytes to tell images apart, and the cuts of the data files."""
 
     data_size: int
     identity: bytes
+    cuts: tuple[int, ...] = ()
 
 
 class Description(msgspec.Struct, frozen=True, tag=True):
@@ -55,6 +56,6 @@ def describe(tree: Tree, needs_lower: str, meta: BinaryIO, frame: Frame) -> Desc
     Args:
         meta: an empty file.
     """
-    facts = write_image(tree.root, meta, frame.data_size, frame.identity)
+    facts = write_image(tree.root, meta, frame.data_size, frame.identity, frame.cuts)
     meta.flush()
     return Description(facts.inodes, tree.depends, tree.root_depends, needs_lower)

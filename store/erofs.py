@@ -1,10 +1,10 @@
 """Writes the EROFS image that holds a layer's names, attributes and extents.
 
-The image has no file contents: a regular file is one chunk, an extent of the layer's
-data file, which the kernel reads as the image's extra device. All else follows the
-kernel's fs/erofs/erofs_fs.h (see also Documentation/filesystems/erofs.rst):
+The image has no file contents: a regular file is one chunk, an extent of one of the layer's
+data files (data_files.py), which the kernel reads as the image's extra devices. All else
+follows the kernel's fs/erofs/erofs_fs.h (see also Documentation/filesystems/erofs.rst):
 
-    block 0   superblock at 1024, device slot at 1152
+    block 0   superblock at 1024, device slots from 1152 on
     block 1…  inodes in slots of 32 bytes, each followed by its attributes and by
               its chunk index or, if that fits into the block, its last bytes
     then      those of plain files, which have contents and no attributes, 42 in a block
@@ -16,6 +16,7 @@ bytes.
 
 import stat
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -34,12 +35,14 @@ _COMPAT_MTIME = 0x2
 _INCOMPAT_CHUNKED = 0x4
 _INCOMPAT_DEVICE_TABLE = 0x8
 _SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQ24x")
-_SUPER_BLOCKS, _SUPER_LABEL, _SUPER_INCOMPAT = 9, 13, 14  # places of fields
+# Places of fields.
+_SUPER_BLOCKS, _SUPER_LABEL, _SUPER_INCOMPAT, _SUPER_DEVICES = 9, 13, 14, 16
 _LABEL = b"ctrfs"
 # Nothing in the image has an ACL. Mounted with that knowledge it says so once: `ls -l`, which
 # asks for that of each file as long as there may be some, takes a fifth less.
 _LABEL_NO_ACLS = b"ctrfs noacl"
 _DEVICE = struct.Struct("<64sII56x")
+_DEVICES_MAX = (BLOCK - _SUPER_OFFSET - _SUPER.size) // _DEVICE.size  # in block 0
 _INODE = struct.Struct("<HHHHQIIIIqII16x")
 _CHUNK = struct.Struct("<HHI")
 # A plain file's inode with its chunk, and what is unused of the last of three slots.
@@ -88,16 +91,19 @@ class ImageFacts(msgspec.Struct, frozen=True):
     size: int
 
 
-def write_image(root: Directory, file: BinaryIO, data_size: int, uuid: bytes) -> ImageFacts:
+def write_image(
+    root: Directory, file: BinaryIO, data_size: int, uuid: bytes, cuts: Sequence[int] = ()
+) -> ImageFacts:
     """Write the image of a tree.
 
     Args:
         root: the tree; its nodes' ``nid`` are overwritten.
         file: empty, open for writing at its start.
-        data_size: size of the data file in bytes; 0 when there is none.
+        data_size: size of each data file in bytes; 0 when there is none.
         uuid: 16 bytes to tell images apart.
+        cuts: where the second data file and those after it begin.
     """
-    layout = _Layout(root)
+    layout = _Layout(root, cuts)
     total = layout.inode_blocks + layout.blocks
     file.write(_head(layout, total, data_size, uuid))
     _write_inodes(layout, file)
@@ -107,8 +113,8 @@ def write_image(root: Directory, file: BinaryIO, data_size: int, uuid: bytes) ->
     return ImageFacts(layout.inodes, total * BLOCK)
 
 
-def image_sizes(path: Path) -> tuple[int, int] | None:
-    """What an image and its data file must have in bytes, as its head says; None: it is none.
+def image_sizes(path: Path) -> tuple[int, list[int]] | None:
+    """What an image and its data files must have in bytes, as its head says; None: it is none.
 
     Raises:
         OSError: it can't be read.
@@ -119,10 +125,12 @@ def image_sizes(path: Path) -> tuple[int, int] | None:
     fields = _SUPER.unpack_from(block, _SUPER_OFFSET)
     if fields[0] != _MAGIC:
         return None
-    data_blocks = 0
+    data_sizes = []
     if fields[_SUPER_INCOMPAT] & _INCOMPAT_DEVICE_TABLE:
-        data_blocks = _DEVICE.unpack_from(block, _SUPER_OFFSET + _SUPER.size)[1]
-    return fields[_SUPER_BLOCKS] * BLOCK, data_blocks * BLOCK
+        for number in range(min(fields[_SUPER_DEVICES], _DEVICES_MAX)):
+            slot = _DEVICE.unpack_from(block, _device_slot(number))
+            data_sizes.append(slot[1] * BLOCK)
+    return fields[_SUPER_BLOCKS] * BLOCK, data_sizes
 
 
 def lacks_acls(path: Path) -> bool:
@@ -146,10 +154,11 @@ class _Layout:
     order of their names, up to the block ``files_at``; ``files`` likewise those of plain files.
     ``owners`` have blocks behind the ``inode_blocks``, ``blocks`` in all. A directory's ``size``
     becomes that of its entries, the ``offset`` of an owner its first block, counted from there.
-    ``acls`` tells whether anything has one.
+    ``acls`` tells whether anything has one. ``cuts`` are those of the data files.
     """
 
-    def __init__(self, root: Directory) -> None:
+    def __init__(self, root: Directory, cuts: Sequence[int]) -> None:
+        self.cuts = cuts
         self.order: list[Node] = []
         self.files: list[Node] = []
         self.parents: dict[int, int] = {}
@@ -311,6 +320,7 @@ def _write_inodes(layout: _Layout, file: BinaryIO) -> None:
 
 def _write_files(layout: _Layout, file: BinaryIO) -> None:
     pack = _FILE.pack
+    cuts = layout.cuts
     shape = _CHUNKS << 1 | 1
     number = len(layout.order) + 1
     for first in range(0, len(layout.files), _FILES):
@@ -329,7 +339,7 @@ def _write_files(layout: _Layout, file: BinaryIO) -> None:
                 node.nanoseconds,
                 node.nlink,
                 0,
-                1,
+                bisect_right(cuts, node.offset) + 1,
                 node.offset // BLOCK,
             )
             for number, node in enumerate(layout.files[first : first + _FILES], number + first)
@@ -346,7 +356,8 @@ def _inode(node: Node, number: int, layout: _Layout) -> bytes:
         if node.size:
             data_layout = _CHUNKS
             location = _chunk_format(node.size)
-            tail = _CHUNK.pack(0, 1, node.offset // BLOCK)
+            device = bisect_right(layout.cuts, node.offset) + 1
+            tail = _CHUNK.pack(0, device, node.offset // BLOCK)
             if (_INODE.size + len(xattrs)) % _CHUNK.size:
                 tail = b"\0\0\0\0" + tail
     elif type(node) is Directory or kind == stat.S_IFLNK:
@@ -398,7 +409,7 @@ def _write_blocks(layout: _Layout, node: Node, file: BinaryIO) -> None:
 
 def _head(layout: _Layout, blocks: int, data_size: int, uuid: bytes) -> bytes:
     """Block 0."""
-    devices = 1 if data_size else 0
+    devices = len(layout.cuts) + 1 if data_size else 0
     block = bytearray(BLOCK)
 
     def put_super(checksum: int) -> None:
@@ -430,10 +441,14 @@ def _head(layout: _Layout, blocks: int, data_size: int, uuid: bytes) -> bytes:
         )
 
     put_super(0)
-    if devices:
-        _DEVICE.pack_into(block, _SUPER_OFFSET + _SUPER.size, b"data", -(-data_size // BLOCK), 0)
+    for number in range(devices):
+        _DEVICE.pack_into(block, _device_slot(number), b"data", -(-data_size // BLOCK), 0)
     put_super(_crc32c(bytes(block[_SUPER_OFFSET:])))
     return bytes(block)
+
+
+def _device_slot(number: int) -> int:
+    return _SUPER_OFFSET + _SUPER.size + number * _DEVICE.size
 
 
 def _crc32c_table() -> list[int]:

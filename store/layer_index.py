@@ -64,6 +64,7 @@ class LayerIndex(msgspec.Struct, frozen=True):
     entries: list[Entry]
     spans: SpanWriter
     data_size: int
+    first_size: int = 0  # nobody says what is wanted first
 
     @property
     def is_large(self) -> bool:

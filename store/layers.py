@@ -2,6 +2,7 @@
 
     layers/<diff_id hex>/layer.json   a LayerRecord
                          data         file contents, each at a multiple of 4096; absent if none
+                         data.<cut>   of lazy layers, see data_files.py
                          index        the archive's entries (index.py)
                          meta.erofs   the layer as it is when no layer is below it
                          …            of layers that are or were lazy, see lazy.py
@@ -32,8 +33,9 @@ from typing import Protocol
 
 import msgspec
 
-from store import lazy
+from store import data_files, lazy
 from store.cas import Digest, sync_directory
+from store.data_files import DataFiles, size_of
 from store.describer import Describer, Describing
 from store.description import Description, Frame, describe
 from store.erofs import image_sizes
@@ -75,6 +77,8 @@ class LayerRecord(msgspec.Struct, frozen=True):
     not_lazy: str = ""
     # Random: tells the layer from another that was in its place, whose mounts may still be there.
     instance: str = ""
+    # Those of the data files.
+    cuts: tuple[int, ...] = ()
 
 
 class Layer(msgspec.Struct, frozen=True):
@@ -87,8 +91,10 @@ class Layer(msgspec.Struct, frozen=True):
     record: LayerRecord
 
     @property
-    def data(self) -> Path | None:
-        return self.directory / "data" if self.data_size else None
+    def data(self) -> DataFiles | None:
+        if not self.data_size:
+            return None
+        return DataFiles(self.directory, self.data_size, self.record.cuts)
 
     @property
     def index(self) -> Path:
@@ -106,7 +112,7 @@ class Layer(msgspec.Struct, frozen=True):
 
 
 class LayerImage(msgspec.Struct, frozen=True):
-    """What to mount for a layer: ``meta`` is the EROFS image, ``data`` its ``device=`` (or None).
+    """What to mount for a layer: ``meta`` is the EROFS image, ``data`` are its devices (or None).
 
     Equal keys mean the same image; a key is a good name for a mount directory. ``incomplete``
     names the layer whose contents are not all in ``data`` yet: they must come from whoever
@@ -115,7 +121,7 @@ class LayerImage(msgspec.Struct, frozen=True):
 
     key: str
     meta: Path
-    data: Path | None
+    data: DataFiles | None
     incomplete: Digest | None = None
 
 
@@ -136,7 +142,11 @@ class LazyLayout(Protocol):
 
     @property
     def data_size(self) -> int:
-        """Of the data file, in bytes."""
+        """Of the data files, in bytes."""
+
+    @property
+    def first_size(self) -> int:
+        """So much of them is wanted before the rest; known when all entries are."""
 
     @property
     def is_large(self) -> bool:
@@ -250,13 +260,13 @@ class Layers:
                 chunks,
                 media_type,
                 diff_id,
-                workspace / "data",
+                workspace / data_files.NAME,
                 workspace / "index",
                 self._limits,
                 cancelled,
             )
             if not unpacked.data_size:
-                (workspace / "data").unlink()
+                (workspace / data_files.NAME).unlink()
             frame = _frame(unpacked.data_size, _hex(diff_id))
             with (workspace / "meta.erofs").open("xb") as meta:
                 description = describe(unpacked.tree, unpacked.needs_lower, meta, frame)
@@ -293,21 +303,28 @@ class Layers:
             with (
                 (workspace / "meta.erofs").open("xb") as meta,
                 self._describer.describing(layout, index, meta, most) as description,
+                ThreadPoolExecutor(1) as pool,
             ):
                 write_index(index, layout.entries, description.block)
-                description.begin(_frame(layout.data_size, _hex(diff_id)))
+                size = layout.data_size
+                cuts = data_files.cuts(layout.entries, layout.first_size, size)
+                description.begin(_frame(size, _hex(diff_id), cuts))
+                # Synced before contents come, for which each sync would wait.
+                data = DataFiles(workspace, size, cuts)
+                data.create()
+                synced = pool.submit(_sync_files, workspace, os.listdir(workspace))
                 _write_spans(workspace / "spans", layout, known)
-                lazy.prepare(workspace, record, layout.data_size, known)
-                names = os.listdir(workspace)
+                lazy.prepare(workspace, msgspec.structs.replace(record, cuts=cuts), known)
+                names = {*os.listdir(workspace)}.difference(path.name for path in data.paths)
+                synced.result()
                 directory = self._name_fillable(workspace, diff_id)
-                with ThreadPoolExecutor(1) as pool:
-                    synced = pool.submit(_sync_files, directory, names)
-                    try:
-                        fillable()
-                        self._make_mountable(directory, diff_id, layout, description, synced)
-                    except BaseException:
-                        self._delete(directory)
-                        raise
+                synced = pool.submit(_sync_files, directory, sorted(names))
+                try:
+                    fillable()
+                    self._make_mountable(directory, diff_id, layout, cuts, description, synced)
+                except BaseException:
+                    self._delete(directory)
+                    raise
             return self._layers[diff_id]
 
     def _name_fillable(self, workspace: Path, diff_id: Digest) -> Path:
@@ -325,12 +342,13 @@ class Layers:
         directory: Path,
         diff_id: Digest,
         layout: LazyLayout,
+        cuts: tuple[int, ...],
         description: Describing,
         synced: Future[None],
     ) -> None:
         """Make a layer of what is filled already, when its files are ``synced``."""
         record = _record(directory, diff_id, layout.data_size, description.result())
-        record = msgspec.structs.replace(record, lazy=layout.format)
+        record = msgspec.structs.replace(record, lazy=layout.format, cuts=cuts)
         _sync(directory / "meta.erofs")
         synced.result()
         temporary = directory / "layer.json.tmp"
@@ -450,12 +468,14 @@ class Layers:
         if tree.unresolved:
             raise InvalidLayer(tree.unresolved)
         with self._workspace() as workspace:
-            data_size = stack.layers[position].data_size
+            layer = stack.layers[position]
+            frame = _frame(layer.data_size, directory.name, layer.record.cuts)
             if tree.borrowed:
                 stack.require_content(position)
-                data_size = stack.gather_data(position, workspace / "data")
+                data_size = stack.gather_data(position, workspace / data_files.NAME)
+                frame = _frame(data_size, directory.name)
             with (workspace / "meta.erofs").open("xb") as meta:
-                describe(tree, "", meta, _frame(data_size, directory.name))
+                describe(tree, "", meta, frame)
             (workspace / "diff_ids").write_text(diff_ids)
             self._publish(workspace, directory)
 
@@ -592,15 +612,20 @@ def _give_places(tree: Tree, position: int, end: int) -> list[_Copy]:
     return copies
 
 
-def _copy(source: Path, offset: int, size: int, target_fd: int, target: int) -> None:
+def _copy(data: DataFiles, offset: int, size: int, target_fd: int, target: int) -> None:
+    paths = data.paths
+    for number, start, end in data.parts(offset, offset + size):
+        _copy_range(paths[number], start, end, target_fd, target + start - offset)
+
+
+def _copy_range(source: Path, start: int, end: int, target_fd: int, target: int) -> None:
     with source.open("rb") as file:
-        while size:
-            done = os.copy_file_range(file.fileno(), target_fd, size, offset, target)
+        while start < end:
+            done = os.copy_file_range(file.fileno(), target_fd, end - start, start, target)
             if not done:
                 raise CorruptContent(f"{source} is shorter than it was; pull the image again")
-            offset += done
+            start += done
             target += done
-            size -= done
 
 
 def _write_spans(path: Path, layout: LazyLayout, known: Sequence[tuple[int, bytes]]) -> None:
@@ -609,8 +634,8 @@ def _write_spans(path: Path, layout: LazyLayout, known: Sequence[tuple[int, byte
         layout.spans.write(file, layout.data_size, ranges)
 
 
-def _frame(data_size: int, identity: str) -> Frame:
-    return Frame(data_size, bytes.fromhex(identity)[:16])
+def _frame(data_size: int, identity: str, cuts: tuple[int, ...] = ()) -> Frame:
+    return Frame(data_size, bytes.fromhex(identity)[:16], cuts)
 
 
 def _record(
@@ -632,44 +657,37 @@ def _record(
 
 def _wrong_file(layer: Layer) -> str:
     """The name of a file that can't be as it was written; empty if all can, by their sizes."""
-    if layer.data_size and _size(layer.directory / "data") != layer.data_size:
-        return "data"
-    wanted = layer.record.index_size or max(1, _size(layer.index))
-    if _size(layer.index) != wanted:
+    if layer.data is not None and (wrong := layer.data.wrong):
+        return wrong
+    wanted = layer.record.index_size or max(1, size_of(layer.index))
+    if size_of(layer.index) != wanted:
         return "index"
     if not _fits(layer.directory / "meta.erofs", layer.data):
         return "meta.erofs"
     return lazy.wrong_file(layer.directory) if layer.record.lazy else ""
 
 
-def _fits(meta: Path, data: Path | None) -> bool:
-    """Whether an image is whole and made for this data file."""
+def _fits(meta: Path, data: DataFiles | None) -> bool:
+    """Whether an image is whole and made for these data files."""
     try:
         sizes = image_sizes(meta)
     except FileNotFoundError:
         return False
-    return sizes == (_size(meta), _size(data) if data else 0)
+    return sizes == (size_of(meta), [size_of(path) for path in data.paths] if data else [])
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
+def _chain_data(directory: Path, own: DataFiles | None) -> DataFiles | None:
+    """The data files of a chain's image: one of its own, or those of the layer."""
+    size = size_of(directory / data_files.NAME)
+    return DataFiles(directory, size) if size >= 0 else own
 
 
-def _chain_data(directory: Path, own: Path | None) -> Path | None:
-    """The data file of a chain's image: one of its own, or that of the layer."""
-    data = directory / "data"
-    return data if data.exists() else own
-
-
-def _incomplete(layer: Layer, data: Path | None) -> Digest | None:
+def _incomplete(layer: Layer, data: DataFiles | None) -> Digest | None:
     """The layer if contents that an image takes from ``data`` are not all there."""
     return None if data is None or data != layer.data or layer.complete else layer.diff_id
 
 
-def _sound(directory: Path, own: Path | None) -> bool:
+def _sound(directory: Path, own: DataFiles | None) -> bool:
     return _fits(directory / "meta.erofs", _chain_data(directory, own))
 
 

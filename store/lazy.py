@@ -10,8 +10,8 @@ Beside the files of every layer (layers.py), the directory of an incomplete one 
     unwanted   no image and no container has the layer: it is not filled by itself
     tails      what follows contents in their spans (tails.py), once somebody may borrow them
 
-``data`` has its full size from the start, and holes. A span counts as present after its
-bytes, verified, are in ``data`` and in ``blob``. That order is kept by the page cache when a
+The data files have their full size from the start, and holes. A span counts as present after its
+bytes, verified, are in them and in ``blob``. That order is kept by the page cache when a
 process is killed; after the machine went down without notice, what ``present`` claims is
 verified again.
 
@@ -37,6 +37,7 @@ import msgspec
 
 from store.archive_check import ArchiveCheck
 from store.cas import CHUNK, Cas, Digest, sync_directory
+from store.data_files import DataFiles, OpenData, Opening, open_all, write_all
 from store.errors import (
     CorruptContent,
     DigestMismatch,
@@ -56,8 +57,8 @@ _HEAD = struct.Struct("<8s16sQ")
 
 # What ``present`` says of a span that is here.
 _HERE, _BORROWED, _CONTENTS = 3, 5, 6
-_HAS = frozenset((_HERE, _BORROWED, _CONTENTS))
-_STATES = bytes((0, *_HAS))
+_HAS = bytes((_HERE, _BORROWED, _CONTENTS))
+_STATES = b"\0" + _HAS
 # Whatever else stands there, by damage to the file, is nothing that is here.
 _KEPT = re.compile(b"[\3\5]")
 _NOT_KEPT = re.compile(b"[^\3\5]")
@@ -74,12 +75,14 @@ _INFLATING = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 class LazyRecord(msgspec.Struct, frozen=True):
     """``lazy.json``: the layer's blob, and images that it is a part of (as ``Image.source``).
 
-    ``vouched``: the image's manifest vouches for what says where contents are.
+    ``vouched``: the image's manifest vouches for what says where contents are. ``cuts``: those of
+    the data files.
     """
 
     blob: Descriptor
     sources: tuple[str, ...]
     vouched: bool = True
+    cuts: tuple[int, ...] = ()
 
     def is_for(self, blob: Descriptor, source: str) -> bool:
         """Whether an image from ``source`` with this blob says the same of the layer. What the
@@ -141,7 +144,7 @@ def wrong_file(directory: Path) -> str:
     if is_complete(directory):
         return _PRESENT if (directory / "blob").exists() else ""
     try:
-        read_record(directory)
+        record = read_record(directory)
     except CorruptContent:
         return "lazy.json"
     try:
@@ -149,10 +152,11 @@ def wrong_file(directory: Path) -> str:
     except CorruptContent:
         return "spans"
     table.close()
-    for name, size in (("data", table.data_size), ("blob", table.blob_size)):
-        with suppress(FileNotFoundError):
-            if (directory / name).stat().st_size != size:  # what is missing would read as zeros
-                return name
+    if wrong := DataFiles(directory, table.data_size, record.cuts).wrong:
+        return wrong
+    with suppress(FileNotFoundError):
+        if (directory / "blob").stat().st_size != table.blob_size:
+            return "blob"
     with suppress(FileNotFoundError):
         present = (directory / _PRESENT).read_bytes()
         states = present[_HEAD.size :]
@@ -161,19 +165,14 @@ def wrong_file(directory: Path) -> str:
     return ""
 
 
-def prepare(
-    directory: Path, record: LazyRecord, data_size: int, known: Sequence[tuple[int, bytes]]
-) -> None:
-    """Make the files of an incomplete layer, whose ``spans`` are written already. As yet no image
-    has it.
+def prepare(directory: Path, record: LazyRecord, known: Sequence[tuple[int, bytes]]) -> None:
+    """Make the files of an incomplete layer, but for ``spans`` and the data files, which are there
+    already. As yet no image has it.
 
     Args:
-        data_size: of the data file, in bytes.
         known: parts of the blob that were read on the way here, with their offsets.
     """
     (directory / "lazy.json").write_bytes(msgspec.json.encode(record))
-    with (directory / "data").open("xb") as data:
-        data.truncate(data_size)
     with (directory / "blob").open("xb") as blob:
         blob.truncate(record.blob.size)
         for offset, piece in known:
@@ -220,20 +219,18 @@ class LazyLayer:
     Args:
         directory: the layer's.
         diff_id: the layer's.
-        open_data: gives a descriptor of the data file for reading and writing.
+        open_data: gives descriptors of the data files for reading and writing.
 
     Attributes:
         complete: all of it is here and verified.
-        data_fd: that descriptor.
+        data: the data files.
         record, table: see the head of the module.
 
     Raises:
         CorruptContent: a file is missing or damaged.
     """
 
-    def __init__(
-        self, directory: Path, diff_id: Digest, open_data: Callable[[Path], int] = _open
-    ) -> None:
+    def __init__(self, directory: Path, diff_id: Digest, open_data: Opening = open_all) -> None:
         if wrong := wrong_file(directory):
             raise CorruptContent(
                 f"{wrong} of the layer in {directory} is missing or damaged; pull the image again"
@@ -249,8 +246,9 @@ class LazyLayer:
         with ExitStack() as opened:
             opened.callback(self.table.close)
             with storage(f"opening the layer in {directory}"):
-                self.data_fd = open_data(directory / "data")
-                opened.callback(os.close, self.data_fd)
+                files = DataFiles(directory, self.table.data_size, self.record.cuts)
+                self.data = OpenData(files, open_data)
+                opened.callback(self.data.close)
                 self._blob = _open(directory / "blob")
                 opened.callback(os.close, self._blob)
                 self._present = opened.enter_context(self._map_present())
@@ -265,7 +263,7 @@ class LazyLayer:
 
     @property
     def size(self) -> int:
-        """Bytes of the data file."""
+        """Of the data files, in bytes."""
         return self.table.data_size
 
     @property
@@ -284,6 +282,11 @@ class LazyLayer:
     def has(self, number: int) -> bool:
         """Whether the contents of a span are here."""
         return self._present[_HEAD.size + number] in _HAS
+
+    def has_all(self, spans: range) -> bool:
+        """Whether the contents of spans are here."""
+        at = _HEAD.size
+        return not self._present[at + spans.start : at + spans.stop].translate(None, _HAS)
 
     def keeps(self, number: int) -> bool:
         """Whether all of a span is here, the blob's bytes as well."""
@@ -304,8 +307,8 @@ class LazyLayer:
         return found.start() - _HEAD.size if found else self.table.spans
 
     def read(self, offset: int, length: int) -> bytes:
-        """Bytes of the data file, whose spans must be here."""
-        return os.pread(self.data_fd, length, offset)
+        """Bytes of the data files, whose spans must be here."""
+        return self.data.read(offset, length)
 
     @property
     def is_there(self) -> bool:
@@ -360,12 +363,12 @@ class LazyLayer:
     def _write_contents(self, contents: Sequence[tuple[Piece, memoryview]]) -> None:
         with storage(f"writing the layer in {self.directory}"):
             for piece, content in contents:
-                _write(self.data_fd, content, piece.target)
+                self.data.write(piece.target, content)
 
     def take_raw(self, offset: int, piece: memoryview) -> None:
         """Keep bytes of the blob that nobody reads before the layer is complete."""
         with storage(f"writing the layer in {self.directory}"):
-            _write(self._blob, piece, offset)
+            write_all(self._blob, piece, offset)
 
     def arrived(self, number: int, how: int = _HERE) -> None:
         """All bytes of a span are kept."""
@@ -403,7 +406,7 @@ class LazyLayer:
                 blob = memoryview(os.pread(self._blob, end - start, start))
                 with suppress(DigestMismatch):
                     self.take(number, blob, borrowed=borrowed)
-        os.fsync(self.data_fd)
+        self.data.sync()
         os.fsync(self._blob)
         self._present[8:24] = _boot_id()
 
@@ -419,7 +422,7 @@ class LazyLayer:
             PullCancelled: ``cancelled()`` returned true.
         """
         blob, archive = hashlib.sha256(), hashlib.sha256()
-        check = ArchiveCheck(self.directory / "index", self.data_fd)
+        check = ArchiveCheck(self.directory / "index", self.data)
         with open(os.dup(self._blob), "rb", buffering=0) as file:
             file.seek(0)
 
@@ -487,7 +490,7 @@ class LazyLayer:
             StorageFailed: the disk failed.
         """
         with storage(f"completing the layer in {self.directory}"):
-            os.fsync(self.data_fd)
+            self.data.sync()
             cas.adopt(self.record.blob.content, self._blob, self.directory / "blob")
             # Nobody reads the blob: it need not stay in memory beside what is read.
             os.posix_fadvise(self._blob, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -526,10 +529,3 @@ def _mark_complete(directory: Path) -> None:
     set_wanted(directory, wanted=True)  # nothing is left to be held back
     (directory / _PRESENT).unlink(missing_ok=True)
     sync_directory(directory)
-
-
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(descriptor, data, offset)
-        offset += done
-        data = data[done:]

@@ -12,11 +12,13 @@ and the registry is asked for the blob's bytes when there is time.
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from store import lazy
 from store.cas import Cas
+from store.data_files import DataFiles, OpenData, open_all
 from store.errors import CorruptContent, DigestMismatch
 from store.lazy import LazyLayer
 from store.pieces import Pieces
@@ -172,21 +174,23 @@ class _Complete:
     def __init__(self, directory: Path, cas: Cas) -> None:
         self.table = SpanTable(directory / "spans")
         self.tails = Tails(directory)
-        self._data = self._blob = -1
-        try:
-            blob = cas.path(lazy.read_record(directory).blob.content)
-            self._data = os.open(directory / "data", os.O_RDONLY | os.O_CLOEXEC)
+        with ExitStack() as opened:
+            opened.callback(self.table.close)
+            opened.callback(self.tails.close)
+            record = lazy.read_record(directory)
+            files = DataFiles(directory, self.table.data_size, record.cuts)
+            data = OpenData(files, partial(open_all, flags=os.O_RDONLY))
+            opened.callback(data.close)
+            self.read = data.read
+            self._blob = -1
             with suppress(FileNotFoundError):
+                blob = cas.path(record.blob.content)
                 self._blob = os.open(blob, os.O_RDONLY | os.O_CLOEXEC)
-        except BaseException:
-            self.close()
-            raise
+                opened.callback(os.close, self._blob)
+            self._opened = opened.pop_all()
 
     def has(self, number: int) -> bool:
         return True
-
-    def read(self, offset: int, length: int) -> bytes:
-        return os.pread(self._data, length, offset)
 
     def read_blob(self, number: int) -> bytes | None:
         if self._blob < 0:
@@ -195,8 +199,4 @@ class _Complete:
         return os.pread(self._blob, end - start, start)
 
     def close(self) -> None:
-        self.table.close()
-        self.tails.close()
-        for descriptor in (self._data, self._blob):
-            if descriptor >= 0:
-                os.close(descriptor)
+        self._opened.close()

@@ -325,6 +325,13 @@ class SpanTable:
             return range(0)
         return range(self.piece(first).span, self.piece(last - 1).span + 1)
 
+    def spans_between(self, start: int, end: int) -> range:
+        """As ``spans_for`` for a range that may be long, and ends where no piece is."""
+        first, stop = self._piece_after(start), self._piece_after(end)
+        if first == stop:
+            return range(0)
+        return range(self.piece(first).span, self.piece(stop - 1).span + 1)
+
     def runs_for(self, ranges: Iterable[tuple[int, int]]) -> list[range]:
         """Numbers of the spans that ranges (offset, length) of the data file come from, in the
         blob's order, in as few runs as possible: what lies close together is one, with what is

@@ -62,6 +62,8 @@ class Toc:
     Attributes:
         format: ``estargz`` or ``zstd:chunked``.
         is_large: there are so many files, or chunks of files, that it takes long.
+        first_size: so much of the data files is wanted before the rest, in bytes; known when all
+            entries are.
 
     All that is worked out raises InvalidLayer for a table that contradicts itself or the blob, or
     asks for what no layer may; LimitExceeded when the layer is larger than ``limits`` allow;
@@ -79,6 +81,7 @@ class Toc:
         self._entries: list[Entry | None] = []
         self._listed: list[Entry] | None = None
         self._data_end = 0
+        self.first_size = 0
 
     @property
     def entries(self) -> Iterator[Entry]:
@@ -97,6 +100,8 @@ class Toc:
             entry = entry_of(item, times)
             self._entries.append(entry)
             if only_steers(entry):
+                if entry.path == PREFETCH:
+                    self.first_size = aligned(self._data_end)
                 continue
             self._place(entry)
             entries.append(entry)

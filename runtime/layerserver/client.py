@@ -100,14 +100,14 @@ class LayerClient:
     # --- requests ----------------------------------------------------------------------
 
     async def device(self, diff_id: Digest) -> Device:
-        """What to mount as the device of a layer.
+        """What to mount as the devices of a layer.
 
         Raises:
             LayerServerFailed: it can't be served.
         """
         answer = await self._ask(Open(diff_id))
         assert isinstance(answer, Device)
-        if not answer.served:
+        if answer.served is None:
             await self._hold()  # whoever mounts it hands that on to a monitor
         return answer
 

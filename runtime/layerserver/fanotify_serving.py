@@ -1,8 +1,8 @@
-"""Serving with fanotify: the data file itself is the device, and reads of it wait for contents.
+"""Serving with fanotify: the data files are the devices, and reads of them wait for contents.
 
 The kernel asks before each read of a marked file (runtime/fanotify.py), and the answer is given
-when the bytes are in the file. A layer that is complete loses its mark, and even those who have
-it mounted need this process no more.
+when the bytes are in the file. A file loses its mark when all that it holds is here, and when that
+is so of all of a layer's, even those who have it mounted need this process no more.
 
 The group of events is held by a keeper, the monitors of containers and the service manager as
 well, so this process may be killed: readers wait for the next one.
@@ -11,8 +11,9 @@ well, so this process may be killed: readers wait for the next one.
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,7 @@ import trio
 from runtime import keeper, linux
 from runtime.fanotify import Event, FileId, PreContentGroup, file_id, open_unwatched
 from runtime.layerserver.protocol import Device
+from store import data_files
 from store.errors import StoreError
 from store.fetcher import Fetcher, Reading
 from store.lazy import is_complete
@@ -81,10 +83,33 @@ def _any_open(files: set[FileId], layers: Path) -> bool:
 
 def _data_files(files: set[FileId], layers: Path) -> Iterator[BinaryIO]:
     """Those of these files that are data files in the store, open. Reading them may wait."""
-    for path in layers.glob("*/data") if files else ():
+    for path in layers.glob(f"*/{data_files.NAME}*") if files else ():
         with suppress(FileNotFoundError), path.open("rb") as data:
             if file_id(data.fileno()) in files:
                 yield data
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One of a layer's data files, and the spans that what it holds comes from."""
+
+    fetcher: Fetcher
+    descriptor: int
+    spans: range
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all that it holds is here, and stays as it is. What nobody vouches for may
+        be found wrong at the end."""
+        layer = self.fetcher.layer
+        return layer.record.vouched and layer.has_all(self.spans)
+
+
+def _parts(fetcher: Fetcher) -> Iterator[_Part]:
+    layer = fetcher.layer
+    for number, start, end in layer.data.files.parts(0, layer.size):
+        spans = layer.table.spans_between(start, end)
+        yield _Part(fetcher, layer.data.descriptors[number], spans)
 
 
 class FanotifyServing:
@@ -104,7 +129,7 @@ class FanotifyServing:
     def __init__(self, run: Path, layers: Path, found: PreContentGroup | None) -> None:
         self._run = run
         self._layers = layers
-        self._fetchers: dict[FileId, Fetcher] = {}
+        self._parts: dict[FileId, _Part] = {}
         self._knows_all = False  # of the layers that were incomplete when this began
         self._room = trio.Event()
         self._is_new = found is None
@@ -116,16 +141,16 @@ class FanotifyServing:
     def in_use(self) -> bool:
         """Whether a layer is mounted that is not complete, as far as is known, or was detached
         while somebody had a file of it open."""
-        incomplete = [f.layer for f in self._fetchers.values() if not f.layer.complete]
+        incomplete = [part for part in self._parts.values() if not part.fetcher.layer.complete]
         if (incomplete or not self._knows_all) and any_mounted(self._run):
             return True
-        if any(linux.is_open_elsewhere(layer.data_fd) for layer in incomplete):
+        if any(linux.is_open_elsewhere(part.descriptor) for part in incomplete):
             return True
         return self._knows_all and _any_open(self._unknown(), self._layers)
 
     def _unknown(self) -> set[FileId]:
         """Files that a server before has marked, and that are of no layer now that is served."""
-        return self._group.marked().difference(self._fetchers)
+        return self._group.marked().difference(self._parts)
 
     def unguarded(self) -> list[Fetcher]:
         """The layers that were mounted while nobody held the group: all holders were killed.
@@ -134,20 +159,31 @@ class FanotifyServing:
         """
         if not self._is_new or not any_mounted(self._run):
             return []
-        return [fetcher for fetcher in self._fetchers.values() if not fetcher.layer.complete]
+        return [fetcher for fetcher in self._fetchers() if not fetcher.layer.complete]
 
-    def open_data(self, path: Path) -> int:
-        """A descriptor that raises no events."""
-        return open_unwatched(path)
+    def _fetchers(self) -> list[Fetcher]:
+        return list(dict.fromkeys(part.fetcher for part in self._parts.values()))
+
+    def open_data(self, paths: Sequence[Path]) -> Sequence[int]:
+        """Descriptors that raise no events."""
+        return open_unwatched(paths)
 
     def add(self, fetcher: Fetcher) -> None:
-        """Mark the layer's file, before anybody mounts it."""
-        self._fetchers[file_id(fetcher.layer.data_fd)] = fetcher
-        self._group.mark(fetcher.layer.data_fd)
+        """Mark the layer's files, before anybody mounts them."""
+        for part in _parts(fetcher):
+            self._parts[file_id(part.descriptor)] = part
+            self._group.mark(part.descriptor)
+            self._release(part)
+
+    def _release(self, part: _Part) -> None:
+        """Take the mark away if nobody has to wait for the file any more."""
+        if part.is_here:
+            self._group.unmark(part.descriptor)
 
     def completed(self, fetcher: Fetcher) -> None:
-        """Take the mark away: the file is like any other now."""
-        self._group.unmark(fetcher.layer.data_fd)
+        """Take the marks away: the files are like any others now."""
+        for descriptor in fetcher.layer.data.descriptors:
+            self._group.unmark(descriptor)
 
     def _unmark_complete(self) -> None:
         """A server before may have been killed when it had just completed a layer."""
@@ -156,8 +192,8 @@ class FanotifyServing:
                 self._group.unmark(data.fileno())
 
     def device(self, fetcher: Fetcher) -> Device:
-        """The data file."""
-        return Device(str(fetcher.layer.directory / "data"), served=False)
+        """The data files."""
+        return Device()
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Answer events until cancelled."""
@@ -184,7 +220,12 @@ class FanotifyServing:
 
     def _begin(self, event: Event, nursery: trio.Nursery) -> None:
         """Answer at once, or when what the reader waits for is here."""
-        fetchers = self._read_by(event)
+        part = None
+        if event.file is None:  # a predecessor could not record which
+            fetchers = self._fetchers()
+        else:
+            part = self._parts.get(event.file)
+            fetchers = [part.fetcher] if part else []
         waits = [(fetcher, _want(fetcher, event)) for fetcher in fetchers]
         if not fetchers:
             log.error("pid %d reads a layer that is not known", event.pid)
@@ -193,12 +234,8 @@ class FanotifyServing:
             nursery.start_soon(self._wait, event, waits)
         else:
             self._group.answer(event)
-
-    def _read_by(self, event: Event) -> list[Fetcher]:
-        if event.file is None:  # a predecessor could not record which
-            return list(self._fetchers.values())
-        fetcher = self._fetchers.get(event.file)
-        return [fetcher] if fetcher else []
+            if part:
+                self._release(part)
 
     async def _wait(self, event: Event, waits: list[tuple[Fetcher, list[int]]]) -> None:
         reading = Reading(event.offset, event.pid)

@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyfuse3
@@ -17,6 +17,7 @@ import trio
 
 from runtime.layerserver import protocol, rundir
 from runtime.layerserver.protocol import Device
+from store.data_files import open_all
 from store.errors import StoreError
 from store.fetcher import Fetcher
 
@@ -54,9 +55,9 @@ class FuseServing:
         """None: without its process a layer can't be read at all."""
         return []
 
-    def open_data(self, path: Path) -> int:
-        """A descriptor of a data file for reading and writing."""
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    def open_data(self, paths: Sequence[Path]) -> Sequence[int]:
+        """Descriptors of data files for reading and writing."""
+        return open_all(paths)
 
     def add(self, fetcher: Fetcher) -> None:
         """A layer is found when it is looked up."""
@@ -67,7 +68,7 @@ class FuseServing:
     def device(self, fetcher: Fetcher) -> Device:
         """The layer's file."""
         name = fetcher.layer.directory.name
-        return Device(str(self._run / protocol.DEVICES / name), served=True)
+        return Device(str(self._run / protocol.DEVICES / name))
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Serve until cancelled, or until somebody unmounts the files."""

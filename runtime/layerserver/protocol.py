@@ -70,14 +70,11 @@ class Done(msgspec.Struct, tag=True, frozen=True):
 
 
 class Device(msgspec.Struct, tag=True, frozen=True):
-    """What to mount as a layer's device: a path, whose files the server fills or serves.
+    """What to mount as the devices of a layer: its data files, which the server fills, or a file of
+    the server's own filesystem in place of each, which serves any range of them. In that case
+    other mounts are needed once the layer is complete."""
 
-    ``served`` tells that reads of it go through the server's own filesystem; other mounts are
-    needed once the layer is complete.
-    """
-
-    path: str
-    served: bool
+    served: str | None = None
 
 
 class Failure(msgspec.Struct, tag=True, frozen=True):

@@ -339,8 +339,7 @@ class LayerServer:
     async def _device(self, diff_id: Digest) -> Device:
         fetcher = await self._open(diff_id)
         if fetcher is None or fetcher.layer.complete or _all_contents(fetcher):
-            name = diff_id.removeprefix("sha256:")
-            return Device(str(self._layers / name / "data"), served=False)
+            return Device()
         return self._serving.device(fetcher)
 
     async def _fetch(self, diff_id: Digest, ranges: Ranges | None) -> None:

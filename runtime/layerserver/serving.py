@@ -1,5 +1,6 @@
 """The two ways in which the contents of incomplete layers get to the kernel, as one interface."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,8 +22,8 @@ class Serving(Protocol):
     def unguarded(self) -> list[Fetcher]:
         """Layers that may have been read while nobody fetched for them."""
 
-    def open_data(self, path: Path) -> int:
-        """A descriptor of a data file for reading and writing, with which this process does not
+    def open_data(self, paths: Sequence[Path]) -> Sequence[int]:
+        """Descriptors of data files for reading and writing, with which this process does not
         wait for itself. Raises OSError."""
 
     def add(self, fetcher: Fetcher) -> None:
@@ -32,7 +33,7 @@ class Serving(Protocol):
         """All contents of a layer are here, each verified. May be called again."""
 
     def device(self, fetcher: Fetcher) -> Device:
-        """What to mount as the layer's device."""
+        """What to mount as the layer's devices."""
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Serve until cancelled; started when it can."""

@@ -60,11 +60,15 @@ def noise(seed: int, size: int) -> bytes:
 
 
 def files(seed: int, large: int) -> dict[str, bytes]:
-    """A small image: a shell, large files of so many bytes, and many small ones."""
+    """A small image: a shell, large files of so many bytes, and many small ones. Two files of zeros
+    have the layer's contents lie in three data files."""
     busybox = Path("/bin/busybox").read_bytes()
     made = {"bin/": b"", "bin/busybox": busybox, "data/": b"", "data/empty": b""}
     made |= {f"data/large{n}": noise(seed + n, large + n) for n in range(3)}
-    made |= {f"data/small{n:03}": noise(seed + 100 + n, 50 * n + 1) for n in range(150)}
+    for n in range(150):
+        if n % 75 == 0:
+            made[f"zeros{n // 75}"] = bytes(17 << 20)
+        made[f"data/small{n:03}"] = noise(seed + 100 + n, 50 * n + 1)
     return made
 
 

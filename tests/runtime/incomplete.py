@@ -17,7 +17,8 @@ from runtime.layerserver.fanotify_serving import group_name
 from runtime.processes import identify
 from runtime.rootfs import mount_file
 from store.cas import digest_of
-from store.layers import LayerImage, LayerLimits, Layers
+from store.data_files import open_all
+from store.layers import LayerLimits, Layers
 from tests.runtime.support import PLAIN_TAR, item, tar_of
 
 PAGE = 4096
@@ -42,7 +43,7 @@ class Incomplete:
         self.data = [place / f"data{number}" for number in range(len(layers))]
         self.mounts = [place / f"mount{number}" for number in range(len(layers))]
         self._full: list[int] = []
-        self._images: list[LayerImage] = []
+        self._metas: list[Path] = []
         store = Layers(place / "layers", LayerLimits())
         for files, data in zip(layers, self.data, strict=True):
             blob = tar_of((item(name, tarfile.REGTYPE, 0o755), b) for name, b in files.items())
@@ -50,8 +51,8 @@ class Incomplete:
             store.unpack(iter([blob]), PLAIN_TAR, diff_id, lambda: False)
             (image,) = store.mountable([diff_id])
             assert image.data is not None
-            self._full.append(os.open(image.data, os.O_RDONLY | os.O_CLOEXEC))
-            self._images.append(LayerImage(image.key, image.meta, data))
+            self._full.append(*open_all(image.data.paths, os.O_RDONLY))
+            self._metas.append(image.meta)
             with data.open("wb") as file:
                 file.truncate(os.fstat(self._full[-1]).st_size)
         status = [data.stat() for data in self.data]
@@ -65,9 +66,9 @@ class Incomplete:
 
     def mount(self) -> None:
         """Mount all layers."""
-        for image, target in zip(self._images, self.mounts, strict=True):
+        for meta, data, target in zip(self._metas, self.data, self.mounts, strict=True):
             target.mkdir()
-            mount_file(image, str(target))
+            mount_file(meta, (data,), str(target))
 
     def fill(self, event: Event) -> None:
         """Write what an event waits for, into all layers if it does not say which."""
@@ -78,7 +79,7 @@ class Incomplete:
 
     def write(self, layer: int, start: int, length: int) -> None:
         """Put a part of a layer's contents into its data file."""
-        target = open_unwatched(self.data[layer])
+        (target,) = open_unwatched((self.data[layer],))
         os.pwrite(target, os.pread(self._full[layer], length, start), start)
         os.close(target)
 

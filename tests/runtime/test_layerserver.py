@@ -40,12 +40,12 @@ from runtime.layerserver.protocol import (
 )
 from runtime.layerserver.server import LayerServer
 from runtime.rootfs import mount_file
+from store import data_files
 from store import lazy as lazy_layer
 from store.cas import Digest
 from store.config import StoreConfig
 from store.errors import RegistryError
 from store.images import Image
-from store.layers import LayerImage
 from store.lazy import LazyLayer
 from store.manifest import Descriptor
 from tests.runtime.site import Site, push_blobs, until
@@ -137,7 +137,7 @@ def test_requests_are_what_they_were(message: protocol.Request) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [Done(), Device("/a path\n", True), Failure("why\n", 5), Report(1, "fuse", "", {"x": (1, 2)})],
+    [Done(), Device("/a path\n"), Failure("why\n", 5), Report(1, "fuse", "", {"x": (1, 2)})],
     ids=lambda message: type(message).__name__,
 )
 def test_answers_are_what_they_were(message: protocol.Answer) -> None:
@@ -163,8 +163,10 @@ async def test_what_it_answers(tmp_path: Path, front: Proxy, name: str, method: 
         assert (report.method, report.layers[DIFF_ID][1]) == (method, BLOB.layer.size)
         assert report.pid == int((site.run / protocol.PID_FILE).read_text())
         device = await site.client.device(DIFF_ID)
-        assert device.served == (method == "fuse")
-        assert os.stat(device.path).st_size == site.store.layers.present(DIFF_ID).data_size
+        assert (device.served is not None) == (method == "fuse")
+        if device.served:
+            size = site.store.layers.present(DIFF_ID).data_size
+            assert os.stat(device.served).st_size == size
         before = bytes_asked(front)
         await site.client.fetch(DIFF_ID, ((0, 100),))
         assert before < bytes_asked(front) < before + 2 * CHUNK
@@ -296,23 +298,104 @@ async def test_a_second_server_is_refused(
 async def test_it_does_not_end_while_a_layer_is_mounted(
     tmp_path: Path, front: Proxy, name: str, method: Method
 ) -> None:
+    async with (
+        served(tmp_path, front, name, method) as (site, image),
+        mounted_layer(site, image) as target,
+    ):
+        with pytest.raises(LayerServerFailed, match="in use") as caught:
+            await site.client._ask(End())
+        assert caught.value.errno == errno.EBUSY
+        assert await read_file(target / "small3") == FILES["small3"]
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small files have a data file of their own."""
+    monkeypatch.setattr(data_files, "_PART_MIN", 1 << 20)
+
+
+@pytest.mark.usefixtures("in_parts")
+async def test_any_part_of_a_layer_can_be_read(
+    tmp_path: Path, front: Proxy, name: str, method: Method
+) -> None:
     async with served(tmp_path, front, name, method) as (site, image):
-        (found,) = site.store.rootfs_layers(image)
-        device = await site.client.device(DIFF_ID)
-        target = site.run / "layers" / "x"
-        target.mkdir(parents=True)
-        mounted = LayerImage(found.key, found.meta, Path(device.path))
-        await trio.to_thread.run_sync(mount_file, mounted, str(target))
-        try:
-            with pytest.raises(LayerServerFailed, match="in use") as caught:
-                await site.client._ask(End())
-            assert caught.value.errno == errno.EBUSY
-            read = partial((target / "small3").read_bytes)
-            assert await trio.to_thread.run_sync(read) == FILES["small3"]
-        finally:
-            linux.umount(str(target))
-            target.rmdir()
-            target.parent.rmdir()
+        async with mounted_layer(site, image) as target:
+            assert len(parts(site)) == 2
+            for path in ("small3", "large", "small0", "small19"):
+                assert await read_file(target / path) == FILES[path]
+        await site.client.complete(DIFF_ID)
+        async with mounted_layer(site, image) as target:
+            for path, content in FILES.items():
+                assert await read_file(target / path) == content
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.logs("the layer server has died")
+async def test_who_reads_what_is_all_here_needs_no_server(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with (
+        served(tmp_path, front, name, "fanotify") as (site, image),
+        mounted_layer(site, image) as target,
+    ):
+        large = os.stat(parts(site)[0])
+        marked = partial(keeper.marked, group_name(site.run))
+        assert len(marked()) == 2
+        start, size = layer_cut(site)
+        await site.client.fetch(DIFF_ID, ((start, size - start),))
+        assert await read_file(target / "small0") == FILES["small0"]
+        assert marked() == {fanotify.FileId(large.st_dev, large.st_ino)}
+        pid = (await site.client.status()).pid
+        os.kill(pid, signal.SIGSTOP)
+        for number in range(1, 20):
+            path = f"small{number}"
+            assert await read_file(target / path) == FILES[path]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_file, target / "large")
+            await trio.sleep(0.2)
+            assert nursery.child_tasks, "zeros were read"
+            os.kill(pid, signal.SIGKILL)
+        assert await read_file(target / "large") == FILES["large"]
+        # The next server has marked all, and has taken the marks of what is here away again.
+        await until(lambda: marked() == set())
+
+
+def parts(site: Site) -> tuple[Path, ...]:
+    """The layer's data files."""
+    data = site.store.layers.present(DIFF_ID).data
+    assert data is not None
+    return data.paths
+
+
+def layer_cut(site: Site) -> tuple[int, int]:
+    """Where the layer's second data file begins, and their size."""
+    layer = site.store.layers.present(DIFF_ID)
+    (cut,) = layer.record.cuts
+    return cut, layer.data_size
+
+
+async def read_file(path: Path) -> bytes:
+    """All of it, which may take a while."""
+    return await trio.to_thread.run_sync(path.read_bytes)
+
+
+@asynccontextmanager
+async def mounted_layer(site: Site, image: Image) -> AsyncIterator[Path]:
+    """The image's layer, mounted where the server looks for it."""
+    (found,) = site.store.rootfs_layers(image)
+    served_at = (await site.client.device(DIFF_ID)).served
+    target = site.run / "layers" / "x"
+    target.mkdir(parents=True)
+    assert found.data is not None
+    paths = found.data.paths
+    devices = [Path(served_at)] * len(paths) if served_at else paths
+    await trio.to_thread.run_sync(mount_file, found.meta, devices, str(target))
+    try:
+        yield target
+    finally:
+        linux.umount(str(target))
+        target.rmdir()
+        target.parent.rmdir()
 
 
 async def test_it_ends_when_nobody_needs_it(

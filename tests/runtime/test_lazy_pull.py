@@ -34,6 +34,7 @@ from store.spans import SpanTable, SpanWriter
 from tests.runtime.site import Site, push_blobs, until
 from tests.support import lazy, tars
 from tests.support import proxy as faults
+from tests.support.contents import contents
 from tests.support.indexing import digest, index_of, table_of
 from tests.support.layouts import GZIP, OciLayout, compress
 from tests.support.method import Method
@@ -101,9 +102,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def whole(site: Site, diff_id: Digest = DIFF_ID) -> bytes:
     """A layer's data file."""
-    data = site.store.layers.present(diff_id).data
-    assert data is not None
-    return data.read_bytes()
+    return contents(site.store.layers.present(diff_id).data)
 
 
 def honest(directory: Path) -> bytes:
@@ -522,8 +521,7 @@ async def test_a_table_that_lies_is_believed_for_no_other_image(
 
     def seen() -> list[tuple[bytes, int, bytes]]:
         layer = site.store.layers.present(good.diff_id)
-        assert layer.data is not None
-        data = layer.data.read_bytes()
+        data = contents(layer.data)
         entries = read_index(layer.index)
         return [(e.path, e.mode & 0o7777, data[e.offset :][: e.size]) for e in entries]
 

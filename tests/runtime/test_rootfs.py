@@ -207,20 +207,21 @@ def test_unused_layers_are_unmounted_and_used_ones_are_not(stack: Stack) -> None
 def test_what_was_read_is_in_memory_once(stack: Stack) -> None:
     (image,) = stack.images(BASE)
     assert image.data
+    (data,) = image.data.paths
     stack.rootfs.image_view((image,), str(stack.target))
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
     assert (stack.target / "big").read_bytes() == b"0123456789" * 100_000
-    assert cached(image.data) > 900_000
-    present = image.data.with_name("present")
+    assert cached(data) > 900_000
+    present = data.with_name("present")
     present.touch()  # while a layer is incomplete, the layer server writes to the file
     Rootfs(stack.run, None).release_copies()
-    assert cached(image.data) > 900_000
+    assert cached(data) > 900_000
     present.unlink()
     Rootfs(stack.run, None).release_copies()  # as of the next process
-    assert cached(image.data) == 0
+    assert cached(data) == 0
     assert (stack.target / "big").read_bytes() == b"0123456789" * 100_000
-    assert cached(image.data) == 0
+    assert cached(data) == 0
     stack.rootfs.unmount_view(str(stack.target))
     stack.rootfs.close()
     assert os.listdir(stack.run / "data") == []

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from store.archive_check import ArchiveCheck
+from store.data_files import DataFiles, OpenData
 from store.errors import DigestMismatch, InvalidLayer, StoreError
 from store.index import Entry, IndexWriter
 from tests.support import tars
@@ -77,14 +78,14 @@ class Layer:
             for entry in self.entries:
                 index.add(entry)
             index.close()
-        fd = os.open(self.data, os.O_RDONLY)
+        data = OpenData(DataFiles(self.directory, self.data.stat().st_size))
         try:
-            check = ArchiveCheck(self.directory / "index", fd)
+            check = ArchiveCheck(self.directory / "index", data)
             for at in range(0, len(self.archive), size):
                 check.feed(memoryview(self.archive)[at : at + size])
             check.finish()
         finally:
-            os.close(fd)
+            data.close()
 
     def change(self, path: bytes, fields: dict[str, object]) -> None:
         """Lie about an entry."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from store.data_files import DataFiles
 from store.erofs import lacks_acls, write_image
 from store.index import Entry
 from store.layers import LayerImage
@@ -39,8 +40,8 @@ def mounted(
 ) -> Iterator[Path]:
     """The entries' tree, mounted. ``data`` is the data file or the size of an empty one."""
     meta = directory / "meta.erofs"
-    device = directory / "data" if data else None
     size = data if isinstance(data, int) else len(data)
+    device = directory / "data" if size else None
     meta.write_bytes(image_of(entries, size))
     if device is not None:
         with device.open("wb") as file:
@@ -48,7 +49,8 @@ def mounted(
             file.truncate(-(-size // 4096) * 4096)
     if checked:
         check(meta, device)
-    with mounted_image(LayerImage("k", meta, device), directory / "mnt") as path:
+    files = DataFiles(directory, size) if size else None
+    with mounted_image(LayerImage("k", meta, files), directory / "mnt") as path:
         yield path
 
 

@@ -15,6 +15,7 @@ import trio
 from store import lazy
 from store.cas import Digest
 from store.config import StoreConfig
+from store.data_files import DataFiles
 from store.errors import DigestMismatch, InvalidLayer, NotLazy, RegistryTimeout, StoreError
 from store.fetcher import AGAIN_SECONDS, Reading, Slots
 from store.index import Entry
@@ -24,6 +25,7 @@ from store.priority import Nicely
 from store.reference import parse_reference
 from store.registry import Registry as Source
 from tests.support import proxy as faults
+from tests.support.contents import contents
 from tests.support.fetching import Place, asked, disjoint, finished, read_all
 from tests.support.layouts import GZIP, OciLayout, sha256
 from tests.support.proxy import Exchange, Proxy
@@ -50,7 +52,7 @@ FILES = {
 @pytest.fixture
 def made() -> HandMade:
     """The layer of most tests."""
-    return HandMade(FILES)
+    return HandMade(FILES, first_size=6 * CHUNK)
 
 
 async def test_what_is_read_is_fetched_once(place: Place, proxy: Proxy) -> None:
@@ -345,9 +347,9 @@ async def test_a_whole_layer_is_as_if_pulled_in_full(place: Place, proxy: Proxy)
     assert disjoint(asked(proxy))
     directory = place.open_directory()
     assert sorted(os.listdir(directory)) == [
-        *("data", "index", "layer.json", "lazy.json", "meta.erofs", "spans")
+        *("data", "data.2826240", "index", "layer.json", "lazy.json", "meta.erofs", "spans")
     ]
-    assert (directory / "data").read_bytes() == place.made.data
+    assert contents(DataFiles(directory, len(place.made.data), (2826240,))) == place.made.data
     assert place.cas.read(Digest(place.descriptor.digest)) == place.made.blob
     assert lazy.is_complete(directory)
 
@@ -464,7 +466,7 @@ def test_a_layer_is_filled_while_it_is_made(place: Place) -> None:
     added = place.add(fillable=fill)
     assert place.layers.present(diff_id) == added
     layer = place.open()
-    assert layer.whole and added.data and added.data.read_bytes() == place.made.data
+    assert layer.whole and contents(added.data) == place.made.data
     layer.close()
 
 

@@ -314,9 +314,9 @@ def test_a_real_directory(layers: Layers, tmp_path: Path, format: str) -> None:
 def check_images(layers: Layers) -> None:
     """fsck.erofs finds nothing wrong in any image of the store."""
     for layer in layers:
-        command = ["fsck.erofs", str(layer.directory / "meta.erofs")]
-        if layer.data is not None:
-            command.insert(1, f"--device={layer.data}")
+        devices = layer.data.paths if layer.data else ()
+        meta = layer.directory / "meta.erofs"
+        command = ["fsck.erofs", *(f"--device={path}" for path in devices), str(meta)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr + result.stdout
 
@@ -772,7 +772,8 @@ def test_holes_take_no_space(layers: Layers, tmp_path: Path) -> None:
     data = archive(pax(records) + entry(b"holes", data=b"abc"), entry(b"next", data=b"next"))
     layer = unpack(layers, data)
     assert layer.data is not None
-    assert layer.data.stat().st_blocks * 512 < 100_000
+    (path,) = layer.data.paths
+    assert path.stat().st_blocks * 512 < 100_000
     with mounted_stack(layers.mountable([layer.diff_id]), tmp_path) as path:
         with (path / "holes").open("rb") as file:
             file.seek(999_999_999)

@@ -64,7 +64,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 @pytest.fixture
 def old() -> HandMade:
-    return HandMade({**SHARED, "old": random.Random(1).randbytes(1000)})
+    return HandMade({**SHARED, "old": random.Random(1).randbytes(1000)}, first_size=4096)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_an_incomplete_layer_lends_what_it_has(place: Place, old: HandMade, new:
         start, end = lender.table.range_of(number)
         lender.take(number, memoryview(old.blob)[start:end])
     assert lend_all(place, layer) == 2
-    assert layer.data_fd != lender.data_fd
+    assert layer.directory != lender.directory
     entry = new.entries[1]
     assert layer.read(entry.offset, 2 * CHUNK) == SHARED["x"][: 2 * CHUNK]
 
@@ -197,10 +197,10 @@ def test_a_full_disk_is_no_reason_to_ask_the_registry(
     lender, layer = place.add(old), place.add(new)
     complete(place, lender, old.blob)
     full = os.open("/dev/full", os.O_RDWR)
-    kept, layer.data_fd = layer.data_fd, full
+    kept, layer.data.descriptors = layer.data.descriptors, (full,)
     with pytest.raises(StorageFailed):
         lend_all(place, layer)
-    layer.data_fd = kept
+    layer.data.descriptors = kept
     os.close(full)
 
 
@@ -289,7 +289,7 @@ def test_contents_are_lent_whatever_is_around_them(
 def test_damaged_contents_are_not_taken(place: Place, old: HandMade, new: HandMade) -> None:
     lender, layer = place.add(old), place.add(new)
     complete(place, lender, old.blob)
-    os.pwrite(lender.data_fd, b"\0", old.entries[0].offset + 1000)
+    lender.data.write(old.entries[0].offset + 1000, memoryview(b"\0"))
     assert contents_lent(place, layer) == 8
 
 

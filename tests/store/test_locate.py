@@ -12,6 +12,7 @@ from store.errors import ImageNotFound
 from store.layers import Layer, Layers
 from store.locate import Contents, Ranges, path_at
 from tests.store.test_layers import STACKS, unpack
+from tests.support.contents import contents_at
 from tests.support.mounting import mounted_stack
 from tests.support.tars import archive, directory, entry
 
@@ -35,8 +36,7 @@ class Image:
         for diff_id, places in ranges.items():
             data = self.layers[diff_id].data
             assert data is not None
-            with data.open("rb") as file:
-                found += [os.pread(file.fileno(), length, offset) for offset, length in places]
+            found += [contents_at(data, offset, length) for offset, length in places]
         return sorted(found)
 
     def read(self, path: str) -> list[bytes]:

@@ -32,8 +32,9 @@ def mounted(source: str, target: Path, kind: str, options: str, flags: int = 0) 
 
 @contextmanager
 def mounted_image(image: LayerImage, target: Path) -> Iterator[Path]:
-    """One layer's EROFS image with its data file."""
-    options = f"device={image.data}" if image.data else ""
+    """One layer's EROFS image with its data files."""
+    paths = image.data.paths if image.data else ()
+    options = ",".join(f"device={path}" for path in paths)
     with mounted(str(image.meta), target, "erofs", options, _MS_RDONLY) as path:
         yield path
 

@@ -29,7 +29,8 @@ def nobody_fills() -> None:
 class HandMade:
     """A gzip layer whose chunks are members of their own, and what a table would say of it.
 
-    ``format``, ``entries``, ``spans``, ``data_size`` and ``is_large`` make it a ``LazyLayout``.
+    ``format``, ``entries``, ``spans``, ``data_size``, ``first_size`` and ``is_large`` make it a
+    ``LazyLayout``.
 
     Attributes:
         blob: the layer.
@@ -44,6 +45,7 @@ class HandMade:
     format: str = "by hand"
     entries: list[Entry] = field(default_factory=list)
     data_size: int = 0
+    first_size: int = 0
     is_large: bool = False
     media_type: str = GZIP
 
@@ -109,6 +111,7 @@ class OneFrame:
 
     media_type = ZSTD
     is_large = False
+    first_size = 0
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
