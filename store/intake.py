@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from store.batch import Batch
 from store.errors import ConnectionLost, DigestMismatch
 from store.lazy import LazyLayer
 from store.source import BlobStream
@@ -60,20 +61,21 @@ class Intake:
 
     def _take(self, piece: memoryview) -> None:
         arrived: list[int] = []
-        while piece and self._number < self._stop:
-            end = self._layer.table.range_of(self._number)[1]
-            part = piece[: end - self._offset]
-            piece = piece[len(part) :]
-            whole = self._offset + len(part) == end
-            if self._add(part, whole):
-                arrived.append(self._number)
-            self._offset += len(part)
-            if whole:
-                self._number += 1
+        with Batch(self._layer) as batch:
+            while piece and self._number < self._stop:
+                end = self._layer.table.range_of(self._number)[1]
+                part = piece[: end - self._offset]
+                piece = piece[len(part) :]
+                whole = self._offset + len(part) == end
+                if self._add(batch, part, whole):
+                    arrived.append(self._number)
+                self._offset += len(part)
+                if whole:
+                    self._number += 1
         if arrived:
             self._landed(arrived)
 
-    def _add(self, part: memoryview, whole: bool) -> bool:
+    def _add(self, batch: Batch, part: memoryview, whole: bool) -> bool:
         """Take a part of the current span; whether it is complete now and right."""
         layer, number = self._layer, self._number
         if layer.keeps(number):
@@ -87,15 +89,14 @@ class Intake:
             self._buffer += part
         if not whole:
             return False
+        blob = memoryview(self._buffer) if self._buffer else part
+        self._buffer = bytearray()
         try:
-            with memoryview(self._buffer or part) as blob:
-                layer.take(number, blob)
+            batch.add(number, blob)
         except DigestMismatch as error:
             if layer.table.in_order:
                 raise
             # The others of this answer may be right.
             self._error = self._error or error
             return False
-        finally:
-            self._buffer = bytearray()
         return True

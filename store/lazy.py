@@ -69,7 +69,7 @@ _UNWANTED = "unwanted"
 _INFLATED = 1 << 20
 
 # More at once would come no sooner, and a span of some megabytes is in memory meanwhile.
-_INFLATING = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
+INFLATING = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 
 
 class LazyRecord(msgspec.Struct, frozen=True):
@@ -338,13 +338,17 @@ class LazyLayer:
         """
         if self.keeps(number):
             return
-        with _INFLATING:
-            contents = list(self._inflater.pieces(number, blob))
+        with INFLATING:
+            contents = self.verified(number, blob)
             if not self.has(number):
-                self._write_contents(contents)
+                self._write_all(contents)
             del contents
         self.take_raw(self.table.range_of(number)[0], blob)
-        self.arrived(number, _BORROWED if borrowed else _HERE)
+        self.arrived(number, how=_BORROWED if borrowed else _HERE)
+
+    def verified(self, number: int, blob: memoryview) -> list[tuple[Piece, memoryview]]:
+        """The contents of a span by its bytes. Raises DigestMismatch: they are wrong."""
+        return list(self._inflater.pieces(number, blob))
 
     def take_contents(self, number: int, contents: Sequence[bytes]) -> None:
         """Verify the contents of a span's pieces, which come from elsewhere, and keep them. The
@@ -355,29 +359,34 @@ class LazyLayer:
             if hashlib.sha256(content).digest() != piece.digest:
                 raise DigestMismatch(f"what another layer has of {self.diff_id} is damaged")
             verified.append((piece, memoryview(content)))
-        self._write_contents(verified)
+        self._write_all(verified)
         with self._lock:
             if not self.has(number):
                 self._present[_HEAD.size + number] = _CONTENTS
 
-    def _write_contents(self, contents: Sequence[tuple[Piece, memoryview]]) -> None:
+    def _write_all(self, contents: Sequence[tuple[Piece, memoryview]]) -> None:
+        for piece, content in contents:
+            self.write_contents(piece.target, content)
+
+    def write_contents(self, offset: int, piece: memoryview) -> None:
+        """Put verified bytes in the data files. Raises StorageFailed."""
         with storage(f"writing the layer in {self.directory}"):
-            for piece, content in contents:
-                self.data.write(piece.target, content)
+            self.data.write(offset, piece)
 
     def take_raw(self, offset: int, piece: memoryview) -> None:
         """Keep bytes of the blob that nobody reads before the layer is complete."""
         with storage(f"writing the layer in {self.directory}"):
             write_all(self._blob, piece, offset)
 
-    def arrived(self, number: int, how: int = _HERE) -> None:
-        """All bytes of a span are kept."""
-        start, end = self.table.range_of(number)
+    def arrived(self, *numbers: int, how: int = _HERE) -> None:
+        """All bytes of these spans are kept."""
         with self._lock:
-            if not self.keeps(number):
-                # The sum first: a process that dies in between leaves one that is too high by
-                # one span, which only a percentage shows.
-                self._set_fetched(self.fetched + end - start)
+            fresh = [number for number in numbers if not self.keeps(number)]
+            ranges = map(self.table.range_of, fresh)
+            # The sum first: a process that dies in between leaves one that is too high, which
+            # only a percentage shows.
+            self._set_fetched(self.fetched + sum(end - start for start, end in ranges))
+            for number in fresh:
                 self._present[_HEAD.size + number] = how
 
     def forget(self, number: int) -> None:

@@ -7,6 +7,7 @@ import stat
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -98,22 +99,23 @@ async def test_filling_gives_way_until_a_reader_waits_for_it(
 ) -> None:
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     priorities: dict[int, int] = {}
-    take, hurry = LazyLayer.take, Nicely.hurry
+    verified, hurry = LazyLayer.verified, Nicely.hurry
     one_came, waits = threading.Event(), threading.Event()
 
-    def taking(layer: LazyLayer, number: int, blob: memoryview) -> None:
-        take(layer, number, blob)
+    def verifying(layer: LazyLayer, number: int, blob: memoryview) -> Any:
+        contents = verified(layer, number, blob)
         priorities[number] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         if priorities[number] == 19:
             one_came.set()
             assert waits.wait(10)
+        return contents
 
     def hurried(pace: Nicely) -> None:
         hurry(pace)
         if one_came.is_set():
             waits.set()
 
-    monkeypatch.setattr(LazyLayer, "take", taking)
+    monkeypatch.setattr(LazyLayer, "verified", verifying)
     monkeypatch.setattr(Nicely, "hurry", hurried)
     async with place.fetching() as fetcher, trio.open_nursery() as nursery:
         entry = place.made.entries[3]

@@ -48,6 +48,7 @@ class HandMade:
     first_size: int = 0
     is_large: bool = False
     media_type: str = GZIP
+    chunk: int = CHUNK
 
     def __post_init__(self) -> None:
         archive, blob, data = bytearray(), bytearray(), bytearray()
@@ -67,9 +68,9 @@ class HandMade:
             self.entries.append(
                 Entry(name.encode(), stat.S_IFREG | 0o644, size=len(content), offset=place)
             )
-            for offset in range(0, len(content), CHUNK):
-                part = content[offset : offset + CHUNK]
-                last = offset + CHUNK >= len(content)
+            for offset in range(0, len(content), self.chunk):
+                part = content[offset : offset + self.chunk]
+                last = offset + self.chunk >= len(content)
                 padded = part + (bytes(-len(content) % 512) if last else b"")
                 start, end = member(padded)
                 digest = hashlib.sha256(part).digest()
