@@ -25,7 +25,9 @@ RESERVED = frozenset({"README", "pull", "by-digest"})
 NAME_LENGTH = 255
 
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
-_REGISTRY = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:]+\])(?::[0-9]{{1,5}})?")
+_HOST = rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:]+\])"
+_REGISTRY = re.compile(rf"{_HOST}(?::(?P<port>[0-9]{{1,5}}))?")
+_USUAL_PORT = 443
 _COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127}")
@@ -96,7 +98,8 @@ def _split_registry(rest: str, default: str) -> tuple[str, str]:
 
 
 def _check_names(text: str, registry: str, repository: str) -> None:
-    if not _REGISTRY.fullmatch(registry):
+    match = _REGISTRY.fullmatch(registry)
+    if not match or not 0 < int(match["port"] or _USUAL_PORT) < 1 << 16:
         raise _invalid(text, f"{registry!r:.200} is not a host name or address with a port")
     if not _REPOSITORY.fullmatch(repository):
         if repository != repository.lower():

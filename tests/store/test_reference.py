@@ -57,6 +57,9 @@ def test_normal_form(text: str, full: str) -> None:
         ("../../etc/passwd", "host name"),
         ("host.example/../x", "may hold"),
         ("-host.example/x", "host name"),
+        ("host.example:0/x", "with a port"),
+        ("host.example:65536/x", "with a port"),
+        ("[::1]:99999/x", "with a port"),
         ("user@host/x", "not a digest"),
         ("app@sha256:" + HEX[:-1], "not a digest"),
         ("app@md5:" + HEX[:32], "not a digest"),
@@ -77,7 +80,7 @@ _part = st.from_regex(r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*", fullmatch=True).
 )
 _references = st.builds(
     Reference,
-    registry=st.from_regex(r"[a-z0-9]{1,20}\.[a-z]{2,5}(:[1-9][0-9]{0,4})?", fullmatch=True),
+    registry=st.from_regex(r"[a-z0-9]{1,20}\.[a-z]{2,5}(:[1-6][0-9]{0,3})?", fullmatch=True),
     repository=st.lists(_part, min_size=1, max_size=4).map("/".join),
     tag=st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127}", fullmatch=True),
     digest=st.none() | st.just(f"sha256:{HEX}"),
