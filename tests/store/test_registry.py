@@ -131,10 +131,9 @@ def test_unknown_host(config: StoreConfig) -> None:
         client("no-such-host.invalid", "app:v1", config).resolve()
 
 
-@pytest.mark.parametrize("host", ["a" * 64 + ".example", "127.0.0.1:99999"])
-def test_hosts_that_can_not_be(config: StoreConfig, host: str) -> None:
+def test_a_host_that_can_not_be(config: StoreConfig) -> None:
     with pytest.raises(RegistryError, match="can't be"):
-        client(host, "app:v1", config).resolve()
+        client("a" * 64 + ".example", "app:v1", config).resolve()
 
 
 def test_silent_registry(proxy: Proxy, image: str, config: StoreConfig) -> None:
