@@ -11,7 +11,7 @@ from store.erofs import BLOCK
 from store.lazy import INFLATING, LazyLayer
 
 # More is not held in memory before it is written.
-_HELD_MAX = 1 << 20
+_HELD_MAX = 256 << 10
 
 
 class _Run:
