@@ -372,9 +372,8 @@ def open_unwatched(paths: Sequence[Path]) -> list[int]:
     try:
         for path in paths:
             linux.fanotify_mark(group, _MARK_ADD, _OPEN, linux.AT_FDCWD, str(path))
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            opened.append(_heard_open(group, file_id(descriptor)))
-            os.close(descriptor)
+            with path.open("rb", buffering=0) as file:
+                opened.append(_heard_open(group, file_id(file.fileno())))
     except BaseException:
         for descriptor in opened:
             os.close(descriptor)

@@ -39,7 +39,7 @@ from runtime.layerserver.protocol import (
     Status,
 )
 from runtime.layerserver.server import LayerServer
-from runtime.rootfs import mount_file
+from runtime.rootfs import mount_file, mount_loop
 from store import data_files
 from store import lazy as lazy_layer
 from store.cas import Digest
@@ -324,9 +324,10 @@ async def test_any_part_of_a_layer_can_be_read(
             for path in ("small3", "large", "small0", "small19"):
                 assert await read_file(target / path) == FILES[path]
         await site.client.complete(DIFF_ID)
-        async with mounted_layer(site, image) as target:
-            for path, content in FILES.items():
-                assert await read_file(target / path) == content
+        for mount in (mount_file, mount_loop):
+            async with mounted_layer(site, image, mount) as target:
+                for path, content in FILES.items():
+                    assert await read_file(target / path) == content
 
 
 @pytest.mark.usefixtures("in_parts")
@@ -380,7 +381,9 @@ async def read_file(path: Path) -> bytes:
 
 
 @asynccontextmanager
-async def mounted_layer(site: Site, image: Image) -> AsyncIterator[Path]:
+async def mounted_layer(
+    site: Site, image: Image, mount: Callable[..., None] = mount_file
+) -> AsyncIterator[Path]:
     """The image's layer, mounted where the server looks for it."""
     (found,) = site.store.rootfs_layers(image)
     served_at = (await site.client.device(DIFF_ID)).served
@@ -389,7 +392,7 @@ async def mounted_layer(site: Site, image: Image) -> AsyncIterator[Path]:
     assert found.data is not None
     paths = found.data.paths
     devices = [Path(served_at)] * len(paths) if served_at else paths
-    await trio.to_thread.run_sync(mount_file, found.meta, devices, str(target))
+    await trio.to_thread.run_sync(mount, found.meta, devices, str(target))
     try:
         yield target
     finally:

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from store.cas import Digest
+from store.cas import Cas, Digest
 from store.errors import (
     CorruptContent,
     CtrfsError,
@@ -32,12 +32,14 @@ from store.errors import (
     StorageFailed,
 )
 from store.layers import Layer, LayerLimits, Layers
+from store.lazy import LazyLayer, LazyRecord
+from store.manifest import Descriptor
+from tests.support.layouts import GZIP, sha256
 from tests.support.mounting import mounted, mounted_stack
+from tests.support.spans import HandMade, nobody_fills, take_all
 from tests.support.tars import archive, directory, entry, header, pax
 from tests.support.treediff import tree_diff
 from tests.support.umoci import umoci_unpack
-
-GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 
 @pytest.fixture
@@ -439,6 +441,37 @@ def test_a_link_to_a_lower_file_outlives_its_other_name(layers: Layers, tmp_path
         assert (path / "own").read_bytes() == b"own"
     with pytest.raises(InvalidLayer, match=r"'/e' .* hard link to '/b'"):
         layers.mountable(diff_ids)
+
+
+def test_layers_in_several_data_files(layers: Layers, tmp_path: Path) -> None:
+    """As they are once they were lazy, below others and above others."""
+    contents = {name: random.Random(name).randbytes(20_000) for name in "abcxyz"}
+    lower = complete_in_parts(layers, tmp_path, {name: contents[name] for name in "abc"})
+    own = archive(entry(b"d", b"1", link=b"c"), entry(b"e", b"1", link=b"a"))
+    above = complete_in_parts(layers, tmp_path, {name: contents[name] for name in "xyz"})
+    stack = [lower, unpack(layers, own).diff_id, above]
+    with mounted_stack(layers.mountable(stack), tmp_path / "mounts") as path:
+        found = {name.name: name.read_bytes() for name in path.iterdir()}
+    assert found == contents | {"d": contents["c"], "e": contents["a"]}
+    for diff_id in (lower, above):
+        data = layers.present(diff_id).data
+        assert data is not None and len(data.paths) == 2
+    check_images(layers)
+
+
+def complete_in_parts(layers: Layers, directory: Path, files: dict[str, bytes]) -> Digest:
+    """A layer that came lazily."""
+    made = HandMade(files, first_size=4096)
+    record = LazyRecord(
+        Descriptor(GZIP, sha256(made.blob), len(made.blob)), ("docker://nowhere.example/x:1",)
+    )
+    diff_id = Digest(made.diff_id)
+    added = layers.add_lazy(diff_id, made, record, (), nobody_fills)
+    layer = LazyLayer(added.directory, diff_id)
+    take_all(layer, made.blob)
+    layer.finish(Cas(directory / "cas"))
+    layer.close()
+    return diff_id
 
 
 # --- what is shared, what is made for a stack --------------------------------------------
