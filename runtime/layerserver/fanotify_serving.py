@@ -159,10 +159,8 @@ class FanotifyServing:
         """
         if not self._is_new or not any_mounted(self._run):
             return []
-        return [fetcher for fetcher in self._fetchers() if not fetcher.layer.complete]
-
-    def _fetchers(self) -> list[Fetcher]:
-        return list(dict.fromkeys(part.fetcher for part in self._parts.values()))
+        fetchers = dict.fromkeys(part.fetcher for part in self._parts.values())
+        return [fetcher for fetcher in fetchers if not fetcher.layer.complete]
 
     def open_data(self, paths: Sequence[Path]) -> Sequence[int]:
         """Descriptors that raise no events."""
@@ -220,22 +218,23 @@ class FanotifyServing:
 
     def _begin(self, event: Event, nursery: trio.Nursery) -> None:
         """Answer at once, or when what the reader waits for is here."""
-        part = None
-        if event.file is None:  # a predecessor could not record which
-            fetchers = self._fetchers()
-        else:
-            part = self._parts.get(event.file)
-            fetchers = [part.fetcher] if part else []
-        waits = [(fetcher, _want(fetcher, event)) for fetcher in fetchers]
-        if not fetchers:
+        parts = self._read_by(event)
+        waits = [(part.fetcher, _want(part.fetcher, event)) for part in parts]
+        if not parts:
             log.error("pid %d reads a layer that is not known", event.pid)
             self._group.refuse(event)
         elif any(missing for _, missing in waits):
             nursery.start_soon(self._wait, event, waits)
         else:
             self._group.answer(event)
-            if part:
+            for part in parts:
                 self._release(part)
+
+    def _read_by(self, event: Event) -> list[_Part]:
+        if event.file is None:  # a predecessor could not record which
+            return list(self._parts.values())
+        part = self._parts.get(event.file)
+        return [part] if part else []
 
     async def _wait(self, event: Event, waits: list[tuple[Fetcher, list[int]]]) -> None:
         reading = Reading(event.offset, event.pid)
