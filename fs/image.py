@@ -298,8 +298,7 @@ class ImageRootfs(RootfsView):
 
     def content_id(self) -> Hashable:
         """The layers, and which of them are still fetched."""
-        image = self.parent.image
-        return image.diff_ids, self.parent.context.store.incomplete(image)
+        return self.parent.context.store.files_id(self.parent.image.diff_ids)
 
     def layers(self) -> tuple[LayerImage, ...]:
         """All layers, bottom first."""

@@ -166,8 +166,8 @@ class LayerRootfs(RootfsView):
     def content_id(self) -> Hashable:
         """The layer and those below it, since what it deletes depends on them, and whether it is
         still fetched."""
-        layer = self.parent.layer
-        return self.parent.image.diff_ids[: self.parent.number + 1], layer and layer.complete
+        store, diff_ids = self.parent.context.store, self.parent.image.diff_ids
+        return store.files_id(diff_ids[: self.parent.number + 1])
 
     def layers(self) -> tuple[LayerImage, ...]:
         """Just the one."""

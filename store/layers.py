@@ -313,8 +313,8 @@ class Layers:
                 data = DataFiles(workspace, size, cuts)
                 data.create()
                 synced = pool.submit(_sync_files, workspace, os.listdir(workspace))
-                _write_spans(workspace / "spans", layout, known)
-                lazy.prepare(workspace, msgspec.structs.replace(record, cuts=cuts), known)
+                _write_spans(workspace / "spans", layout, cuts, known)
+                lazy.prepare(workspace, record, known)
                 names = {*os.listdir(workspace)}.difference(path.name for path in data.paths)
                 synced.result()
                 directory = self._name_fillable(workspace, diff_id)
@@ -628,10 +628,12 @@ def _copy_range(source: Path, start: int, end: int, target_fd: int, target: int)
             target += done
 
 
-def _write_spans(path: Path, layout: LazyLayout, known: Sequence[tuple[int, bytes]]) -> None:
+def _write_spans(
+    path: Path, layout: LazyLayout, cuts: Sequence[int], known: Sequence[tuple[int, bytes]]
+) -> None:
     with path.open("xb") as file:
         ranges = [(offset, len(piece)) for offset, piece in known]
-        layout.spans.write(file, layout.data_size, ranges)
+        layout.spans.write(file, layout.data_size, ranges, cuts)
 
 
 def _frame(data_size: int, identity: str, cuts: tuple[int, ...] = ()) -> Frame:

@@ -4,8 +4,8 @@ Beside the files of every layer (layers.py), the directory of an incomplete one 
 
     spans      where its contents come from (spans.py); stays when the layer is complete
     lazy.json  a LazyRecord: the blob, and where it can be had; stays as well
-    present    which spans are here. Its absence says that the layer is complete
-    blob       the registry's bytes, with holes; moves to the store's content at the end
+    present    which spans are here; goes when the layer is complete
+    blob       the registry's bytes, with holes; moves to the store's content just before
     refused    why the whole blob turned out to be wrong; the layer can't be used then
     unwanted   no image and no container has the layer: it is not filled by itself
     tails      what follows contents in their spans (tails.py), once somebody may borrow them
@@ -75,14 +75,12 @@ INFLATING = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 class LazyRecord(msgspec.Struct, frozen=True):
     """``lazy.json``: the layer's blob, and images that it is a part of (as ``Image.source``).
 
-    ``vouched``: the image's manifest vouches for what says where contents are. ``cuts``: those of
-    the data files.
+    ``vouched``: the image's manifest vouches for what says where contents are.
     """
 
     blob: Descriptor
     sources: tuple[str, ...]
     vouched: bool = True
-    cuts: tuple[int, ...] = ()
 
     def is_for(self, blob: Descriptor, source: str) -> bool:
         """Whether an image from ``source`` with this blob says the same of the layer. What the
@@ -91,8 +89,9 @@ class LazyRecord(msgspec.Struct, frozen=True):
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether all of the layer in this directory is here."""
-    return not (directory / _PRESENT).exists()
+    """Whether all of the layer in this directory is here, and has been verified: both files that an
+    incomplete one has went when it was."""
+    return not (directory / _PRESENT).exists() and not (directory / "blob").exists()
 
 
 def refusal(directory: Path) -> str:
@@ -121,7 +120,7 @@ def fetched(directory: Path) -> int | None:
         head = file.read(_HEAD.size)
         if len(head) == _HEAD.size:
             return int(_HEAD.unpack(head)[2])
-    return None
+    return None if is_complete(directory) else 0
 
 
 def read_record(directory: Path) -> LazyRecord:
@@ -138,13 +137,19 @@ def read_record(directory: Path) -> LazyRecord:
         ) from None
 
 
+def _damaged(file: str, directory: Path) -> CorruptContent:
+    return CorruptContent(
+        f"{file} of the layer in {directory} is missing or damaged; pull the image again"
+    )
+
+
 def wrong_file(directory: Path) -> str:
     """The name of a file of a lazy layer that can't be as it was written; empty if there is none. A
     blob that is missing may be on its way to the store's content."""
     if is_complete(directory):
-        return _PRESENT if (directory / "blob").exists() else ""
+        return ""
     try:
-        record = read_record(directory)
+        read_record(directory)
     except CorruptContent:
         return "lazy.json"
     try:
@@ -152,16 +157,18 @@ def wrong_file(directory: Path) -> str:
     except CorruptContent:
         return "spans"
     table.close()
-    if wrong := DataFiles(directory, table.data_size, record.cuts).wrong:
+    if wrong := DataFiles(directory, table.data_size, table.cuts).wrong:
         return wrong
     with suppress(FileNotFoundError):
         if (directory / "blob").stat().st_size != table.blob_size:
             return "blob"
-    with suppress(FileNotFoundError):
+    try:
         present = (directory / _PRESENT).read_bytes()
-        states = present[_HEAD.size :]
-        if present[:8] != MAGIC or len(states) != table.spans or states.translate(None, _STATES):
-            return _PRESENT
+    except FileNotFoundError:
+        return "" if is_complete(directory) else _PRESENT
+    states = present[_HEAD.size :]
+    if present[:8] != MAGIC or len(states) != table.spans or states.translate(None, _STATES):
+        return _PRESENT
     return ""
 
 
@@ -232,9 +239,7 @@ class LazyLayer:
 
     def __init__(self, directory: Path, diff_id: Digest, open_data: Opening = open_all) -> None:
         if wrong := wrong_file(directory):
-            raise CorruptContent(
-                f"{wrong} of the layer in {directory} is missing or damaged; pull the image again"
-            )
+            raise _damaged(wrong, directory)
         self.directory = directory
         self.diff_id = diff_id
         self.record = read_record(directory)
@@ -246,7 +251,7 @@ class LazyLayer:
         with ExitStack() as opened:
             opened.callback(self.table.close)
             with storage(f"opening the layer in {directory}"):
-                files = DataFiles(directory, self.table.data_size, self.record.cuts)
+                files = DataFiles(directory, self.table.data_size, self.table.cuts)
                 self.data = OpenData(files, open_data)
                 opened.callback(self.data.close)
                 self._blob = _open(directory / "blob")
@@ -524,11 +529,14 @@ def settle(directory: Path, cas: Cas) -> bool:
 
     Raises:
         StorageFailed: the disk failed.
+        CorruptContent: its blob is lost.
     """
     if is_complete(directory):
         return True
-    if (directory / "blob").exists() or not cas.contains(read_record(directory).blob.content):
+    if (directory / "blob").exists():
         return False
+    if not cas.contains(read_record(directory).blob.content):
+        raise _damaged("blob", directory)
     with storage(f"completing the layer in {directory}"):
         _mark_complete(directory)
     return True

@@ -177,14 +177,13 @@ class _Complete:
         with ExitStack() as opened:
             opened.callback(self.table.close)
             opened.callback(self.tails.close)
-            record = lazy.read_record(directory)
-            files = DataFiles(directory, self.table.data_size, record.cuts)
+            files = DataFiles(directory, self.table.data_size, self.table.cuts)
             data = OpenData(files, partial(open_all, flags=os.O_RDONLY))
             opened.callback(data.close)
             self.read = data.read
             self._blob = -1
             with suppress(FileNotFoundError):
-                blob = cas.path(record.blob.content)
+                blob = cas.path(lazy.read_record(directory).blob.content)
                 self._blob = os.open(blob, os.O_RDONLY | os.O_CLOEXEC)
                 opened.callback(os.close, self._blob)
             self._opened = opened.pop_all()

@@ -238,15 +238,20 @@ class Pulls:
         """Layers that don't fit together are found out now, and what it takes to mount them
         is made now, not when the first container starts."""
         try:
-            try:
-                await trio.to_thread.run_sync(self._store.rootfs_layers, image)
-            except ContentNeeded as needed:
+            # Each layer may need others.
+            while (needed := await trio.to_thread.run_sync(self._needed, image)) is not None:
                 for diff_id in needed.diff_ids:
                     await self._complete(Digest(diff_id))
-                await trio.to_thread.run_sync(self._store.rootfs_layers, image)
         except InvalidLayer as error:
             _name(error, image.name)
             raise
+
+    def _needed(self, image: Image) -> ContentNeeded | None:
+        try:
+            self._store.rootfs_layers(image)
+        except ContentNeeded as needed:
+            return needed
+        return None
 
     async def _serve(self, filling: Filling, image: Image) -> None:
         """Have lazy layers served, and what is wanted first of them fetched."""

@@ -10,16 +10,17 @@ so that a process can serve many layers without their tables in its memory:
 
     header    magic ``ctrfsspn``, u32 version, u8 codec, 3 bytes 0, u64 size of the blob, u64 size
               of the data file, u64 blob offset before which spans are wanted at start, u64 number
-              of spans, u64 number of pieces, u32 CRC-32 of all that follows, padded to 64 bytes
+              of spans, u64 number of pieces, u32 CRC-32 of all that follows, u32 number of cuts
     spans     80 bytes each, see ``Span``
     pieces    64 bytes each, see ``Piece``
+    cuts      u64 each, see ``data_files.py``
     windows   the history that spans of codec DEFLATE start from, compressed with zstd
 """
 
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from itertools import starmap
 from pathlib import Path
@@ -32,9 +33,9 @@ from isal import isal_zlib
 from store.errors import CorruptContent, InvalidLayer
 
 MAGIC = b"ctrfsspn"
-VERSION = 2
+VERSION = 3
 
-_HEAD = struct.Struct("<8sIB3xQQQQQI4x")
+_HEAD = struct.Struct("<8sIB3xQQQQQII")
 _SPAN = struct.Struct("<QQQIIQIBB2x32s")
 _PIECE = struct.Struct("<QQQI4x32s")
 _COUNT_AT = struct.calcsize("<QQQI")  # in a span
@@ -185,18 +186,25 @@ class SpanWriter:
         )
         self._windows += window
 
-    def write(self, file: BinaryIO, data_size: int, known: Iterable[tuple[int, int]] = ()) -> None:
+    def write(
+        self,
+        file: BinaryIO,
+        data_size: int,
+        known: Iterable[tuple[int, int]] = (),
+        cuts: Sequence[int] = (),
+    ) -> None:
         """Write the whole table.
 
         Args:
             data_size: of the data file, in bytes.
             known: offsets and lengths of what is here already of the blob. What follows all
                 contents is cut there, so that nothing of it is fetched again.
+            cuts: those of the data files.
         """
         edges = {self._blob_size, *(edge for at, size in known for edge in (at, at + size))}
         for edge in sorted(edge for edge in edges if self._end < edge <= self._blob_size):
             self._append(Span(self._end, edge))
-        parts = (self._spans, self._pieces, self._windows)
+        parts = (self._spans, self._pieces, struct.pack(f"<{len(cuts)}Q", *cuts), self._windows)
         checksum = 0
         for part in parts:
             checksum = isal_zlib.crc32(part, checksum)
@@ -211,6 +219,7 @@ class SpanWriter:
                 self._span_count,
                 self._piece_count,
                 checksum,
+                len(cuts),
             )
         )
         file.writelines(parts)
@@ -220,7 +229,7 @@ class SpanTable:
     """A table, mapped into memory. Safe to use from several threads.
 
     Attributes:
-        codec, blob_size, data_size, prefetch_end: see the head of the module.
+        codec, blob_size, data_size, prefetch_end, cuts: see the head of the module.
         spans, pieces: their numbers.
         in_order: a span can be inflated only after all before it.
 
@@ -252,9 +261,11 @@ class SpanTable:
         self.spans: int = head[6]
         self.pieces: int = head[7]
         self._pieces_at = _HEAD.size + self.spans * _SPAN.size
-        self._windows_at = self._pieces_at + self.pieces * _PIECE.size
+        cuts_at = self._pieces_at + self.pieces * _PIECE.size
+        self._windows_at = cuts_at + head[9] * _TARGET.size
         if size < self._windows_at:
             raise self._corrupt()
+        self.cuts: tuple[int, ...] = struct.unpack_from(f"<{head[9]}Q", self._map, cuts_at)
 
     def _corrupt(self) -> CorruptContent:
         return CorruptContent(

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -96,6 +96,12 @@ class Store:
     def incomplete(self, image: Image) -> tuple[Digest, ...]:
         """The layers of an image whose contents are not all here; looks at a file for each."""
         return tuple(layer.diff_id for layer in self._layers_of(image) if not layer.complete)
+
+    def files_id(self, diff_ids: Sequence[Digest]) -> Hashable:
+        """Another one when these layers are others, are complete, or were made anew. Looks at
+        their files."""
+        layers = map(self.layers.get, diff_ids)
+        return tuple(layer and (layer.identity, layer.complete) for layer in layers)
 
     def complete(self, diff_ids: Sequence[Digest]) -> bool:
         """Whether all contents of these layers are here."""

@@ -21,7 +21,7 @@ def bytes_sent(log: Path, digest: str) -> int:
             and record.get("http.request.method") == "GET"
             and record.get("http.request.uri", "").partition("?")[0].endswith(digest)
             and record.get("http.request.useragent", "").startswith("ctrfs/")
-            and record.get("http.response.status") == 206
+            and record.get("http.response.status") in (200, 206)
         ):
             total += int(record.get("http.response.written", 0))
     return total

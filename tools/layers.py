@@ -72,7 +72,7 @@ class Follower:
             case "complete":
                 self._store.events.emit("layer.complete", diff_id=diff_id)
                 self._nursery.start_soon(self._automounts.refresh_below, "")
-            case "refused":
+            case "refused" | "damaged":
                 self._store.layers.refused(diff_id)
                 self._failed(news, self._path(diff_id), _NOBODY)
             case "lost":

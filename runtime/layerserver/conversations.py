@@ -1,6 +1,7 @@
 """What goes through the layer server's socket: requests with their answers, and news."""
 
 import errno
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ class Conversations:
         self._run = run
         self._answer = answer
         self._listeners: set[trio.MemorySendChannel[News]] = set()
-        self._first: list[News] = []
+        self._first: deque[News] = deque(maxlen=_MAX_NEWS)
 
     @property
     def are_heard(self) -> bool:
@@ -36,14 +37,12 @@ class Conversations:
         return bool(self._listeners)
 
     def tell(self, news: News) -> None:
-        """Send news to all who listen."""
+        """Send news to all who listen; if nobody does, to the next who will."""
+        if not self._listeners:
+            self._first.append(news)
         for listener in list(self._listeners):
             with suppress(trio.WouldBlock, trio.BrokenResourceError):
                 listener.send_nowait(news)
-
-    def tell_first(self, news: News) -> None:
-        """Keep news for the next who listens."""
-        self._first.append(news)
 
     async def serve(self, task_status: trio.TaskStatus[list[trio.SocketListener]]) -> None:
         """Take connections until cancelled."""
@@ -81,9 +80,8 @@ class Conversations:
         self._listeners.add(send)
         try:
             await stream.send_all(protocol.encode(Done()))
-            first, self._first = self._first, []
-            for news in first:
-                await stream.send_all(protocol.encode(news))
+            while self._first:
+                await stream.send_all(protocol.encode(self._first.popleft()))
             async with _while_connected(stream):
                 async for news in receive:
                     await stream.send_all(protocol.encode(news))

@@ -84,7 +84,7 @@ def _any_open(files: set[FileId], layers: Path) -> bool:
 def _data_files(files: set[FileId], layers: Path) -> Iterator[BinaryIO]:
     """Those of these files that are data files in the store, open. Reading them may wait."""
     for path in layers.glob(f"*/{data_files.NAME}*") if files else ():
-        with suppress(FileNotFoundError), path.open("rb") as data:
+        with suppress(OSError), path.open("rb") as data:  # gone, or in whatever way damaged
             if file_id(data.fileno()) in files:
                 yield data
 

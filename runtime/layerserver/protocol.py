@@ -97,13 +97,13 @@ class Report(msgspec.Struct, tag=True, frozen=True):
 Answer = Done | Device | Failure | Report
 
 
-Kind = Literal["complete", "refused", "failed", "attack", "lost"]
+Kind = Literal["complete", "refused", "damaged", "failed", "attack", "lost"]
 
 
 class News(msgspec.Struct, frozen=True):
-    """Something happened to a layer: it is ``complete``, its blob was ``refused`` as a whole, a
-    read ``failed``, bytes were wrong (``attack``), or for a while nobody guarded it while it
-    was mounted, so that who read it may have read zeros (``lost``).
+    """Something happened to a layer: it is ``complete``, its blob was ``refused`` as a whole, its
+    files are ``damaged``, a read ``failed``, bytes were wrong (``attack``), or for a while nobody
+    guarded it while it was mounted, so that who read it may have read zeros (``lost``).
 
     What failed was a read at ``offset`` of the data file, by process ``pid``, or 0 if that is not
     known.

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -121,7 +122,7 @@ class LayerServer:
                     self._nursery.start_soon(self._end_on_signal)
                     await self._load()
                     for fetcher in self._serving.unguarded():
-                        self._talks.tell_first(News("lost", fetcher.layer.diff_id))
+                        self._talks.tell(News("lost", fetcher.layer.diff_id))
                     await self._nursery.start(self._serve)
                     self._nursery.start_soon(self._filler.run)
                     await self._nursery.start(self._talks.serve)
@@ -181,11 +182,12 @@ class LayerServer:
 
     async def _load(self) -> None:
         """Go on with all layers that are incomplete."""
-        for path in sorted(self._layers.glob("*/present")):
+        files = (self._layers.glob(f"*/{name}") for name in ("present", "blob"))
+        for directory in sorted({path.parent for path in chain.from_iterable(files)}):
             try:
-                await self._open(parse_digest(f"sha256:{path.parent.name}"))
+                await self._open(parse_digest(f"sha256:{directory.name}"))
             except CtrfsError as error:
-                log.error("the layer in %s can't be served: %s", path.parent, error.sentence)
+                log.error("the layer in %s can't be served: %s", directory, error.sentence)
 
     async def _open(self, diff_id: Digest) -> Fetcher | None:
         """The fetcher of a layer; None if the layer is complete.
@@ -202,11 +204,13 @@ class LayerServer:
             del self._fetchers[diff_id]
         if not directory.is_dir():
             raise BlobNotFound(f"the layer {diff_id} is not here; pull the image again")
-        if await trio.to_thread.run_sync(lazy.settle, directory, self._cas):
+        try:
+            layer = await trio.to_thread.run_sync(self._open_layer, directory, diff_id)
+        except CorruptContent as error:
+            self._talks.tell(News("damaged", diff_id, error.sentence))
+            raise
+        if layer is None:
             return None
-        layer = await trio.to_thread.run_sync(
-            LazyLayer, directory, diff_id, self._serving.open_data
-        )
         fetcher = Fetcher(
             layer,
             self._source(layer),
@@ -228,6 +232,11 @@ class LayerServer:
         self._slots.used()  # who had it opened will read it
         self._filler.wake()
         return known
+
+    def _open_layer(self, directory: Path, diff_id: Digest) -> LazyLayer | None:
+        if lazy.settle(directory, self._cas):
+            return None
+        return LazyLayer(directory, diff_id, self._serving.open_data)
 
     def _all_here(self, diff_id: Digest) -> None:
         """Each content was verified by itself: who reads need not wait for the rest."""

@@ -404,6 +404,43 @@ def test_the_daemon_is_killed_and_containers_read_on(
     assert each_once(ranges(front, image))
 
 
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "a part gone": lambda layer: layer.joinpath(sorted(os.listdir(layer))[1]).unlink(),
+    "present gone": lambda layer: (layer / "present").unlink(),
+    "blob gone": lambda layer: (layer / "blob").unlink(),
+    "a directory": lambda layer: _replace(layer / "data"),
+}
+
+
+def _replace(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.logs("the layer server has died|is missing or damaged|is not known|removing the layer")
+def test_what_is_damaged_when_the_layer_server_dies(
+    lazy_mount: Mount, images: dict[str, Image], front: Proxy, damage: str
+) -> None:
+    """Nothing wrong is read, and what is mounted is right again after the next pull."""
+    mount, image, other = lazy_mount, images["estargz"], images["zstd"]
+    name = image.at(front.host)
+    mount.pull(name)
+    mount.pull(other.at(front.host))
+    rootfs = mount.path / "images" / name / "rootfs"
+    assert (rootfs / "data/small007").read_bytes() == image.files["data/small007"]
+    DAMAGE[damage](mount.root / "layers" / image.diff_id.removeprefix("sha256:"))
+    kill_layer_server(mount)
+    with suppress(OSError):
+        assert (rootfs / "data/large1").read_bytes() == image.files["data/large1"]
+    until(lambda: "of the layer in" in mount.read("errors"))
+    assert mount.read(f"images/{name}/state").startswith("corrupt")
+    mount.pull(name)
+    until(lambda: _reads(rootfs / "data/large1", image.files["data/large1"]))
+    check_files(image, rootfs)
+    check_files(other, mount.path / "images" / other.at(front.host) / "rootfs")
+
+
 def kill_layer_server(mount: Mount) -> None:
     """SIGKILL, and wait for the next one."""
     before = mount.layer_servers()

@@ -65,7 +65,7 @@ class Site:
 
     def _heard(self, news: News) -> None:
         self.news.append(news)
-        if news.kind == "refused":  # as the daemon does
+        if news.kind in ("refused", "damaged"):  # as the daemon does
             self.store.layers.refused(Digest(news.diff_id))
 
     @asynccontextmanager

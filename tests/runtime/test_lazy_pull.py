@@ -416,6 +416,25 @@ async def test_a_link_into_a_lower_lazy_layer_brings_both(
             assert tree_diff(root, reference) == []
 
 
+async def test_links_from_layer_to_layer(
+    tmp_path: Path, registry: Registry, layout: OciLayout, front: Proxy, name: str
+) -> None:
+    content = noise(9, 200_000)
+    archives = [
+        tars.archive(tars.directory(b"./"), tars.entry(b"a", data=content)),
+        tars.archive(tars.entry(b"b", b"1", link=b"a"), tars.entry(b"x", data=noise(10, 90_000))),
+        tars.archive(tars.entry(b"c", b"1", link=b"b"), tars.entry(b".wh.a")),
+    ]
+    pushed = push_blobs(registry, layout, name, converted(archives))
+    site = Site(tmp_path)
+    async with site.opened():
+        image = await site.pull(f"{front.host}/{pushed}")
+        assert all(site.lazy_layers(image))
+        with mounted_stack(site.store.rootfs_layers(image), tmp_path / "mounts") as root:
+            assert sorted(os.listdir(root)) == ["b", "c", "x"]
+            assert (root / "b").read_bytes() == (root / "c").read_bytes() == content
+
+
 # --- another image that claims the same layer ----------------------------------------------
 
 
