@@ -353,6 +353,8 @@ async def test_pause_of_one_that_has_just_ended(room: Room) -> None:
     os.kill(monitor, signal.SIGSTOP)  # or the end might be known before
     try:
         os.kill(container.pid, signal.SIGKILL)
+        status = Path(f"/proc/{container.pid}/status")
+        await until(lambda: "State:\tZ" in status.read_text())
         with pytest.raises(ContainerBusy, match="has just ended"):
             await container.pause()
     finally:
