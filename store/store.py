@@ -1,6 +1,5 @@
 """Everything that is kept, under one directory."""
 
-import fcntl
 import os
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from store.indexes import Indexes
 from store.layers import Layer, LayerImage, Layers
 from store.lazy import fetched, set_wanted
 from store.locate import Contents, Ranges
+from store.lock import lock
 from store.opened import LOOKED_UP, Opened
 
 
@@ -165,7 +165,7 @@ def _lock(root: Path) -> int:
     """An open file that no other process can lock; the kernel lets go of it with this process."""
     fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(fd)
     except BlockingIOError:
         os.close(fd)
         raise StoreInUse(

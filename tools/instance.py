@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from store.errors import CtrfsError, StoreInUse, storage
+from store.lock import lock
 from tools.options import DEFAULT_RUN, Options
 
 PID_FILE = "pid"
@@ -73,7 +74,7 @@ def _locked(path: Path, root: Path) -> int:
         except FileNotFoundError:
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
         except BlockingIOError:
             other = _read(descriptor)
             os.close(descriptor)
