@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import fanotify, keeper, linux, notify
+from runtime import fanotify, keeper, linux
 from runtime.cgroups import layout
 from runtime.config import RuntimeConfig
 from runtime.errors import RuntimeFailure
@@ -22,6 +22,7 @@ from store.tree import Directory
 # EROFS learned to take file contents from another file or device in 5.16.
 _OLDEST_KERNEL = (5, 16)
 _PRE_CONTENT = "fanotify pre-content events"
+_HOLDER = "holder of waiting readers"
 _CAP_SYS_ADMIN = 21
 _CAP_SYS_RESOURCE = 24
 
@@ -102,7 +103,7 @@ def report(config: RuntimeConfig, root: Path, serving: str) -> dict[str, object]
         "architecture": os.uname().machine,
         "cgroups": layout(),
         "layer_mounts": "file" if methods["EROFS from files"] else "loop",
-        "layer_serving": "fanotify" if methods[_PRE_CONTENT] and serving != "fuse" else "fuse",
+        "layer_serving": _serving(methods, serving),
         "features": {
             c.name: {
                 "ok": c.ok,
@@ -184,6 +185,12 @@ def _overlay(place: Path) -> Check:
     return Check("overlayfs", ok, True, found, advice)
 
 
+def _serving(methods: dict[str, bool], configured: str) -> str:
+    if configured != "auto":
+        return configured
+    return "fanotify" if methods[_PRE_CONTENT] and methods[_HOLDER] else "fuse"
+
+
 def _pre_content(place: Path) -> Check:
     why = fanotify.available(place)
     return Check(
@@ -198,19 +205,15 @@ def _pre_content(place: Path) -> Check:
 
 
 def _holder() -> Check:
-    if notify.is_managed():
-        found = "the service manager"
-    elif keeper.can_freeze():
-        found = "a frozen process"
-    else:
-        found = ""
+    found = keeper.holder()
     return Check(
-        "holder of waiting readers",
+        _HOLDER,
         bool(found),
         False,
         found or "processes that can be killed",
-        "run ctrfs as a service of systemd: else, if all processes that serve incomplete layers"
-        " with fanotify are killed at once, whoever reads on gets zeros until the next mount",
+        "run ctrfs as a service of systemd: if all processes that serve incomplete layers with"
+        " fanotify are killed at once, whoever reads on gets zeros until the next mount, so they"
+        " are served with FUSE unless the configuration says fanotify",
     )
 
 

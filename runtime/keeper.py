@@ -36,6 +36,13 @@ def can_freeze() -> bool:
     return _usable_freezer() is not None
 
 
+def holder() -> str:
+    """What holds groups and can't be killed, in words; empty if nothing does."""
+    if notify.is_managed():
+        return "the service manager"
+    return "a frozen process" if can_freeze() else ""
+
+
 def _usable_freezer() -> Path | None:
     """Not below a service manager, which holds the group better and has to be able to end what it
     has started; nor in a container, which could not end with such a process in it."""

@@ -67,7 +67,8 @@ class LazyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     # What `images/pull` does unless it is told: `lazy` where a layer allows it, or `full`.
     mode: Mode = "lazy"
     # How contents that are still missing get to the kernel; `auto` is fanotify where the
-    # kernel has it (6.14) and the store's filesystem takes part, else fuse.
+    # kernel has it (6.14), the store's filesystem takes part, and readers are held back
+    # whichever processes are killed (by systemd or a freezer of cgroup v1), else fuse.
     method: Literal["auto", "fuse", "fanotify"] = "auto"
     # How long a read waits for a registry that is away before it fails with EIO. A program
     # whose read fails mostly ends; one that waits goes on when the network is back.

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from runtime import fanotify
+from runtime import fanotify, keeper
 from runtime.layerserver import protocol, rundir
 from runtime.layerserver.asked import fetch_ranges, fetch_rest, runs_in_order
 from runtime.layerserver.completion import complete
@@ -395,9 +395,19 @@ def _choose(
     found = find_group(run)
     if found is None and method == "fanotify":
         fanotify.require(root)
-    elif found is None and (why := fanotify.available(root)) is not None:
+    elif found is None and (why := _why_not_fanotify(root)) is not None:
         return FuseServing(run, find), why
     return FanotifyServing(run, root / "layers", found), ""
+
+
+def _why_not_fanotify(root: Path) -> str | None:
+    why = fanotify.available(root)
+    if why is None and not keeper.holder():
+        why = (
+            "nothing that can't be killed would hold back readers here; run ctrfs as a service of"
+            " systemd, or choose fanotify in the configuration"
+        )
+    return why
 
 
 def _patience(config: StoreConfig) -> Patience:

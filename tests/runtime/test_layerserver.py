@@ -402,6 +402,14 @@ async def mounted_layer(
         target.parent.rmdir()
 
 
+def test_fanotify_is_not_chosen_where_all_can_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "holder", lambda: "")
+    serving, why = server._choose(tmp_path, tmp_path / "run", StoreConfig(), lambda name: None)
+    assert (serving.name, "can't be killed" in why) == ("fuse", True)
+
+
 async def test_it_ends_when_nobody_needs_it(
     tmp_path: Path, front: Proxy, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

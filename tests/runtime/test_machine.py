@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from runtime import features, linux
+from runtime import fanotify, features, keeper, linux
 from runtime.cgroups import Cgroup, hierarchies, layout, process_table
 from runtime.config import RuntimeConfig
 from runtime.errors import Unsupported
@@ -82,6 +82,18 @@ def test_what_this_machine_has(tmp_path: Path) -> None:
     report = features.report(RuntimeConfig(), root, "auto")
     assert features.report(RuntimeConfig(), root, "fuse")["layer_serving"] == "fuse"
     assert report["kernel"] == os.uname().release
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_fanotify_is_chosen_where_readers_are_held_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    monkeypatch.setattr(keeper, "holder", lambda: "somebody" if held else "")
+    monkeypatch.setattr(fanotify, "available", lambda place: None)
+    expected = {"auto": "fanotify" if held else "fuse", "fuse": "fuse", "fanotify": "fanotify"}
+    for method, serving in expected.items():
+        report = features.report(RuntimeConfig(), tmp_path, method)
+        assert report["layer_serving"] == serving
 
 
 def test_no_layer_can_be_mounted_from_a_file_on_a_tmpfs(tmp_path: Path) -> None:
