@@ -126,7 +126,7 @@ def _make(path: Path) -> bool:
     Raises:
         InvalidManifest: there is something else in it.
     """
-    if not path.exists():
+    with suppress(FileExistsError):
         path.mkdir(parents=True)
         return True
     if not path.is_dir() or not ((path / "oci-layout").exists() or _is_empty(path)):

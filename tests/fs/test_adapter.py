@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -362,11 +363,16 @@ def blocked_cat(path: Path) -> "subprocess.Popen[bytes]":
 
 def wait_for_fuse(pid: int) -> None:
     """Return when the process waits for an answer of the daemon."""
+    wait_until(lambda: Path(f"/proc/{pid}/wchan").read_text() == "request_wait_answer")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return when something holds."""
     for _ in range(500):
-        if Path(f"/proc/{pid}/wchan").read_text() == "request_wait_answer":
+        if condition():
             return
         time.sleep(0.01)
-    raise AssertionError("the process does not wait")
+    raise AssertionError("it did not happen in time")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -380,6 +386,8 @@ def test_a_blocked_reader_can_be_stopped(toy: Path, number: signal.Signals) -> N
 
 def test_a_blocked_writer_can_be_stopped(toy: Path) -> None:
     process = subprocess.Popen(["sh", "-c", f"echo sleep > {toy}/command"])
+    output = Path(f"/proc/{process.pid}/fd/1")
+    wait_until(lambda: os.readlink(output) == f"{toy}/command")  # or it might wait for its open
     wait_for_fuse(process.pid)
     process.kill()
     assert process.wait(2) == -signal.SIGKILL
