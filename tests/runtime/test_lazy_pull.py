@@ -370,6 +370,33 @@ async def test_an_index_that_is_none_is_not_used(
         assert site.lazy_layers(image) == [""]
 
 
+async def test_tokens_that_expire_while_a_layer_is_read(tmp_path: Path) -> None:
+    content = noise(11, 400_000)
+    archive = tars.archive(tars.directory(b"./"), tars.entry(b"f", data=content))
+    blob = lazy.estargz(archive, chunk_size=64 << 10)
+    layout = OciLayout(tmp_path / "image")
+    layout.blob(blob.data, blob.layer.media_type)
+    manifest = layout.manifest([msgspec.to_builtins(blob.layer)], [blob.diff_id])
+    layout.tag("v1", manifest)
+    with Registry(tmp_path / "registry", auth="token") as registry, Proxy(registry.port) as front:
+        tokens = registry.tokens
+        assert tokens
+        registry.copy(f"oci:{layout.path}:v1", "open/app:v1")
+        challenge = f'Bearer realm="{tokens.url}",service="test",error="invalid_token"'
+        site = Site(tmp_path)
+        async with site.opened():
+            image = await site.pull(f"{front.host}/open/app:v1")
+            assert site.lazy_layers(image) == ["estargz"]
+            await site.client.fetch(blob.diff_id, ((0, 10),))
+            asked = len(tokens.asked)
+            await site.client.fetch(blob.diff_id, ((100_000, 10),))
+            assert len(tokens.asked) == asked
+            front.on("/blobs/", faults.status(401, WWW_Authenticate=challenge), times=1)
+            await site.client.complete(blob.diff_id)
+            assert len(tokens.asked) == asked + 1
+            assert whole(site, blob.diff_id)[: len(content)] == content
+
+
 # --- layers that need each other ---------------------------------------------------------
 
 
