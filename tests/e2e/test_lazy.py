@@ -701,7 +701,7 @@ def test_a_frozen_keeper_holds_readers_when_all_others_die(
     """It can't be killed: readers wait for the next daemon, and nobody reads zeros."""
     mount, image = lazy_mount, images["estargz"]
     if not _has_frozen_keeper(mount):
-        return
+        pytest.skip("nothing freezes a process here, and info.json says so")
     name = image.at(front.host)
     mount.pull(name)
     start_idling(mount, name)
@@ -806,7 +806,7 @@ def test_any_processes_die_beside_a_frozen_keeper_and_no_wrong_byte_is_read(
 ) -> None:
     mount = lazy_mount
     if not _has_frozen_keeper(mount):
-        return
+        pytest.skip("nothing freezes a process here, and info.json says so")
 
     def kill(victims: set[int]) -> None:
         ended = mount.pid in victims
