@@ -24,8 +24,10 @@ NAME = "data"
 
 # Parts of less would soon be complete, and there are descriptors and a mark for each.
 _PART_MIN = 16 << 20
+# What is wanted first is read while it comes.
+_FIRST_PART_MIN = 2 << 20
 # The EROFS image names each as a device, in its first block.
-_PARTS = 12
+_FIRST_PARTS, _PARTS = 8, 12
 
 
 def cuts(entries: Iterable[Entry], first: int, size: int) -> tuple[int, ...]:
@@ -37,13 +39,15 @@ def cuts(entries: Iterable[Entry], first: int, size: int) -> tuple[int, ...]:
         size: of the data file, in bytes.
     """
     found: list[int] = []
-    least = max(_PART_MIN, (size - first) // _PARTS)
-    at = first or least
+    of_first = max(_FIRST_PART_MIN, first // _FIRST_PARTS)
+    of_rest = max(_PART_MIN, (size - first) // _PARTS)
+    at = min(of_first, first) or of_rest
     if at < size:
         for entry in entries:
             if entry.offset >= at:
                 found.append(entry.offset)
-                at = entry.offset + least
+                end = entry.offset + of_first
+                at = min(end, first) if entry.offset < first else entry.offset + of_rest
     return tuple(found)
 
 

@@ -37,6 +37,14 @@ def test_what_is_wanted_first_has_a_file_of_its_own() -> None:
     assert cuts(*described(3000, 5000, 0, first=12288)) == ()
 
 
+def test_what_is_wanted_first_is_cut_small() -> None:
+    found = cuts(*described(*[MIB] * 100, first=30 * MIB))
+    assert found == (*(n * MIB for n in (4, 8, 12, 16, 20, 24, 28)), 30 * MIB, 46 * MIB, *found[9:])
+    assert cuts(*described(*[MIB] * 8, first=5 * MIB)) == (2 * MIB, 4 * MIB, 5 * MIB)
+    table, first, size = described(*[100_000] * 20_000, first=200 * MIB)
+    assert len(cuts(table, first - first % 102_400, size)) <= 20
+
+
 def test_the_rest_is_cut_where_contents_begin() -> None:
     sizes = [5 * MIB + 1] * 30
     found = cuts(*described(*sizes, first=0))
