@@ -123,6 +123,10 @@ class DigestMismatch(StoreError):
     """Bytes do not hash to the digest they were asked for by."""
 
 
+class WrongBlob(DigestMismatch):
+    """All of a blob is here, and is another."""
+
+
 class SizeMismatch(StoreError):
     """A blob is shorter or longer than its descriptor says."""
 

@@ -143,9 +143,8 @@ class Fetcher:
         whole: called when the last missing span has come.
 
     Attributes:
-        borrows: contents are taken from other layers, as long as that was not what made the
-            whole blob wrong.
-        doubted: the whole blob was found wrong once, and some of it fetched again.
+        doubts: so often was the whole blob found wrong, and some of it has to come again.
+        repaired: contents on the disk were found wrong once, and written again.
         fillable: the rest may come by itself: it is known by now what other layers have of it.
         refused: why the blob was found wrong for good; empty if it was not.
     """
@@ -162,8 +161,8 @@ class Fetcher:
         whole: Callable[[], None],
     ) -> None:
         self.layer = layer
-        self.borrows = True
-        self.doubted = False
+        self.doubts = 0
+        self.repaired = False
         self.fillable = False
         self.refused = ""
         self._source = source
@@ -181,6 +180,12 @@ class Fetcher:
             trio.Lock() if layer.table.in_order else nullcontext()
         )
         self._token = trio.lowlevel.current_trio_token()
+
+    @property
+    def borrows(self) -> bool:
+        """Whether bytes of the blob are taken from other layers: not any more when that may be what
+        made it wrong."""
+        return not self.doubts
 
     # --- for readers -------------------------------------------------------------------
 

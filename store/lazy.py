@@ -43,6 +43,7 @@ from store.errors import (
     DigestMismatch,
     PullCancelled,
     StoreError,
+    WrongBlob,
     storage,
 )
 from store.inflate import ChunkReader, inflated
@@ -431,7 +432,8 @@ class LazyLayer:
         what was said of it against that.
 
         Raises:
-            DigestMismatch, InvalidLayer, LimitExceeded: one of them is wrong.
+            WrongBlob: the blob's bytes are not those of its digest.
+            DigestMismatch, InvalidLayer, LimitExceeded: they are, and something else is wrong.
             CorruptContent: the layer's index is damaged.
             PullCancelled: ``cancelled()`` returned true.
         """
@@ -457,20 +459,13 @@ class LazyLayer:
             except StoreError:
                 for _ in chunks():  # the blob's digest says whose fault it is
                     pass
-                self._compare(self.record.blob.digest, blob.hexdigest(), "the layer's blob")
+                _compare(self.record.blob.digest, blob.hexdigest(), "the layer's blob", WrongBlob)
                 raise
             for _ in chunks():
                 pass
-        self._compare(self.record.blob.digest, blob.hexdigest(), "the layer's blob")
-        self._compare(self.diff_id, archive.hexdigest(), "what the layer's blob unpacks to")
+        _compare(self.record.blob.digest, blob.hexdigest(), "the layer's blob", WrongBlob)
+        _compare(self.diff_id, archive.hexdigest(), "what the blob unpacks to", DigestMismatch)
         check.finish()
-
-    def _compare(self, wanted: str, found: str, what: str) -> None:
-        if wanted != f"sha256:{found}":
-            raise DigestMismatch(
-                f"{what} hashes to sha256:{found} instead of {wanted}; the registry or the way to "
-                "it is damaged or hostile, push the image again"
-            )
 
     def forget_borrowed(self) -> bool:
         """Forget what came from other layers' blobs; whether there was any."""
@@ -489,6 +484,37 @@ class LazyLayer:
         for number in spans:
             self.forget(number)
         return bool(spans)
+
+    def forget_blob(self) -> bool:
+        """Forget the blob's bytes, but not the contents: other bytes may inflate to the same.
+        Whether there are any that were verified by what comes out of them."""
+        if self.table.in_order:  # each span was verified by its own bytes
+            return False
+        with self._lock:
+            for number in range(self.table.spans):
+                verified = self.has(number) and self.table.can_verify(number)
+                self._present[_HEAD.size + number] = _CONTENTS if verified else 0
+            self._set_fetched(0)
+            self._here_before = 0
+        return True
+
+    def repair(self) -> bool:
+        """Write contents again that the disk does not have as they were written; whether there
+        were any. All of the blob must be here and right.
+
+        Raises:
+            DigestMismatch: the contents in the blob are others than the layer's table says.
+            StorageFailed: the disk failed.
+        """
+        repaired = False
+        for number in range(self.table.spans):
+            start, end = self.table.range_of(number)
+            blob = memoryview(os.pread(self._blob, end - start, start))
+            for piece, content in self.verified(number, blob):
+                if self.read(piece.target, piece.size) != content:
+                    self.write_contents(piece.target, content)
+                    repaired = True
+        return repaired
 
     def _is_doubtful(self, number: int) -> bool:
         if not self.table.can_verify(number):
@@ -521,6 +547,14 @@ class LazyLayer:
     def close(self) -> None:
         """Let go of the files."""
         self._opened.close()
+
+
+def _compare(wanted: str, found: str, what: str, wrong: type[DigestMismatch]) -> None:
+    if wanted != f"sha256:{found}":
+        raise wrong(
+            f"{what} hashes to sha256:{found} instead of {wanted}; the registry or the way to it "
+            "is damaged or hostile, push the image again"
+        )
 
 
 def settle(directory: Path, cas: Cas) -> bool:

@@ -3,12 +3,13 @@
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import trio
 
 from store.cas import Cas
-from store.errors import PullCancelled, StorageFailed, StoreError
+from store.errors import DigestMismatch, PullCancelled, StorageFailed, StoreError, WrongBlob
 from store.fetcher import Fetcher
 from store.lazy import LazyLayer
 from store.priority import Nicely
@@ -41,15 +42,33 @@ async def complete(fetcher: Fetcher, cas: Cas) -> None:
     except (StorageFailed, PullCancelled):
         raise
     except StoreError as error:
-        if await trio.to_thread.run_sync(layer.forget_borrowed):
-            fetcher.borrows = False
-            log.info("%s is not all as other layers have it: that is fetched", layer.diff_id)
-            return
-        # Each content has been verified by its own digest; what lies between has not, and
-        # comes once more before the blob is given up.
-        if not fetcher.doubted and await trio.to_thread.run_sync(layer.forget_unverified):
-            fetcher.doubted = True
-            log.warning("%s; what had no digest of its own is fetched again", error.sentence)
-            return
-        layer.refuse(error.sentence)
-        fetcher.refused = error.sentence
+        if not await trio.to_thread.run_sync(_begin_again, fetcher, error):
+            layer.refuse(error.sentence)
+            fetcher.refused = error.sentence
+
+
+def _begin_again(fetcher: Fetcher, error: StoreError) -> bool:
+    """Forget what may be wrong, or mend it; whether there was anything. Blocks.
+
+    Raises:
+        StorageFailed: the disk failed.
+    """
+    layer = fetcher.layer
+    if isinstance(error, WrongBlob):
+        # Contents have been verified by their own digests. Other bytes may have come from another
+        # blob, or lie between contents, or inflate to the same.
+        steps = (layer.forget_borrowed, layer.forget_unverified, layer.forget_blob)
+        for forget in steps[fetcher.doubts :]:
+            fetcher.doubts += 1
+            if forget():
+                log.warning("%s; some of it is fetched again", error.sentence)
+                return True
+        return False
+    if fetcher.repaired:
+        return False
+    fetcher.repaired = True
+    with suppress(DigestMismatch), Nicely():
+        if layer.repair():
+            log.warning("the disk lost contents of %s, which are written again", layer.diff_id)
+            return True
+    return False

@@ -218,17 +218,20 @@ class FanotifyServing:
 
     def _begin(self, event: Event, nursery: trio.Nursery) -> None:
         """Answer at once, or when what the reader waits for is here."""
-        parts = self._read_by(event)
-        waits = [(part.fetcher, _want(part.fetcher, event)) for part in parts]
-        if not parts:
+        waits = [(part, _want(part.fetcher, event)) for part in self._read_by(event)]
+        if not waits:
             log.error("pid %d reads a layer that is not known", event.pid)
             self._group.refuse(event)
         elif any(missing for _, missing in waits):
             nursery.start_soon(self._wait, event, waits)
         else:
-            self._group.answer(event)
-            for part in parts:
-                self._release(part)
+            self._let_read(event, waits)
+
+    def _let_read(self, event: Event, waits: list[tuple[_Part, list[int]]]) -> None:
+        """What somebody wants to read is here."""
+        self._group.answer(event)
+        for part, _ in waits:
+            self._release(part)
 
     def _read_by(self, event: Event) -> list[_Part]:
         if event.file is None:  # a predecessor could not record which
@@ -236,16 +239,16 @@ class FanotifyServing:
         part = self._parts.get(event.file)
         return [part] if part else []
 
-    async def _wait(self, event: Event, waits: list[tuple[Fetcher, list[int]]]) -> None:
+    async def _wait(self, event: Event, waits: list[tuple[_Part, list[int]]]) -> None:
         reading = Reading(event.offset, event.pid)
         try:
-            for fetcher, missing in waits:
-                await fetcher.wait(missing, reading)
+            for part, missing in waits:
+                await part.fetcher.wait(missing, reading)
         except (StoreError, OSError) as error:
             log.info("a read of a layer fails: %s", error)
             self._group.refuse(event)
         else:
-            self._group.answer(event)
+            self._let_read(event, waits)
         self._room.set()
 
     def close(self) -> None:

@@ -97,6 +97,7 @@ class LayerServer:
         self._serving, self._why = _choose(root, run, config, self._by_name)
         self._lender = Lender(self._layers, self._cas, self._lazy_layer)
         self._to_enter: list[LazyLayer] = []
+        self._entering = trio.Lock()
         self._completing = trio.Lock()
         self._talks = Conversations(run, self._answer)
         self._slots = Slots(config.lazy.requests)
@@ -260,8 +261,10 @@ class LayerServer:
         self._filler.wake()
 
     async def _enter(self) -> None:
-        while self._to_enter:
-            await trio.to_thread.run_sync(self._lender.add, self._to_enter.pop())
+        """Have layers lend, and know what they can borrow."""
+        async with self._entering:
+            while self._to_enter:
+                await trio.to_thread.run_sync(self._lender.add, self._to_enter.pop())
 
     def _source(self, layer: LazyLayer) -> Source:
         """Where the layer comes from. Layers of one image share it with its connections, and
@@ -359,6 +362,7 @@ class LayerServer:
         if ranges is not None:
             await fetch_ranges(fetcher, ranges)
             return
+        await self._enter()
         while not layer.complete:
             if fetcher.refused:
                 raise CorruptContent(fetcher.refused)

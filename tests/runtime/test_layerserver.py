@@ -58,6 +58,7 @@ from tests.support.proxy import Exchange, Proxy
 from tests.support.registry import Registry
 
 CHUNK = 64 << 10
+PAGE = 4096
 FILES = {
     "large": random.Random(1).randbytes(40 * CHUNK),
     **{f"small{n}": random.Random(n).randbytes(3000) for n in range(20)},
@@ -101,8 +102,8 @@ async def served(
     assert site.left() == []
 
 
-def bytes_asked(front: Proxy) -> int:
-    found = [request.headers["Range"] for request in front.paths(f"/blobs/{BLOB.layer.digest}")]
+def bytes_asked(front: Proxy, layer: Descriptor = BLOB.layer) -> int:
+    found = [request.headers["Range"] for request in front.paths(f"/blobs/{layer.digest}")]
     spans = [re.fullmatch(r"bytes=(\d+)-(\d+)", text) for text in found]
     return sum(int(span[2]) + 1 - int(span[1]) for span in spans if span)
 
@@ -362,6 +363,23 @@ async def test_who_reads_what_is_all_here_needs_no_server(
         await until(lambda: marked() == set())
 
 
+@pytest.mark.usefixtures("in_parts")
+async def test_the_last_read_that_waits_frees_the_others(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with (
+        served(tmp_path, front, name, "fanotify") as (site, image),
+        mounted_layer(site, image) as target,
+    ):
+        marked = partial(keeper.marked, group_name(site.run))
+        start, size = layer_cut(site)
+        second = start + PAGE
+        await site.client.fetch(DIFF_ID, ((second, size - second),))
+        assert len(marked()) == 2
+        assert await read_file(target / "small0") == FILES["small0"]
+        await until(lambda: len(marked()) == 1)
+
+
 def parts(site: Site) -> tuple[Path, ...]:
     """The layer's data files."""
     data = site.store.layers.present(DIFF_ID).data
@@ -374,6 +392,11 @@ def layer_cut(site: Site) -> tuple[int, int]:
     layer = site.store.layers.present(DIFF_ID)
     (cut,) = layer.record.cuts
     return cut, layer.data_size
+
+
+def layer_size(site: Site) -> int:
+    """Of the layer's data, in bytes."""
+    return site.store.layers.present(DIFF_ID).data_size
 
 
 async def read_file(path: Path) -> bytes:
@@ -543,6 +566,53 @@ def behind_contents(site: Site) -> int:
     _, end = layer.table.range_of(layer.table.spans_for(40 * CHUNK, 1)[0])
     layer.close()
     return end - 20
+
+
+async def test_all_of_a_layer_at_once_comes_from_another_where_that_has_it(
+    tmp_path: Path, front: Proxy, name: str, registry: Registry
+) -> None:
+    archive = tar_of({**FILES, "more": b"more"})
+    other = lazy.estargz(archive, chunk_size=CHUNK)
+    layout = OciLayout(tmp_path / "oci")
+    pushed = push_blobs(
+        registry, layout, "nearly-the-same", [(other.data, other.layer, other.diff_id)]
+    )
+    async with served(tmp_path, front, name) as (site, _):
+        await site.client.complete(DIFF_ID)
+        await site.pull(f"{front.host}/{pushed}")
+        await site.client.complete(Digest(other.diff_id))
+        assert bytes_asked(front, other.layer) < other.layer.size // 4
+
+
+async def test_other_bytes_that_inflate_to_the_same_come_again(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    """Nothing but the digest of the whole blob tells of the system in a gzip header."""
+    async with served(tmp_path, front, name) as (site, image):
+        layer = LazyLayer(site.store.layers.present(DIFF_ID).directory, DIFF_ID)
+        start, _ = layer.table.range_of(layer.table.spans_for(CHUNK, 1)[0])
+        layer.close()
+        front.on("/blobs/", spoiled(front, start + 9))
+        await site.client.fetch(DIFF_ID, ((0, layer.size),))
+        front.heal()
+        await site.client.complete(DIFF_ID)
+        assert site.store.percent(image) is None
+        assert site.store.cas.read(Digest(BLOB.layer.digest)) == BLOB.data
+
+
+async def test_contents_that_the_disk_lost_are_written_again(
+    tmp_path: Path, front: Proxy, name: str
+) -> None:
+    async with served(tmp_path, front, name, "fuse") as (site, image):
+        await site.client.fetch(DIFF_ID, ((0, layer_size(site)),))
+        with parts(site)[0].open("r+b") as data:
+            data.write(bytes(CHUNK + 1))
+        asked = bytes_asked(front)
+        await site.client.complete(DIFF_ID)
+        assert site.store.percent(image) is None
+        assert bytes_asked(front) - asked < CHUNK  # what lies between contents
+        async with mounted_layer(site, image) as target:
+            assert await read_file(target / "large") == FILES["large"]
 
 
 async def test_a_blob_that_is_always_wrong_is_refused(
