@@ -36,9 +36,9 @@ CONFIGS = frozenset({OCI_CONFIG, DOCKER_CONFIG})
 
 _DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+"
 
-# The stack that overlayfs can merge (OVL_MAX_STACK in fs/overlayfs/params.h). Docker builds
+# mount(2) takes a page of options, in which each layer of an overlay needs 25 bytes. Docker builds
 # at most 127 layers.
-MAX_LAYERS = 500
+MAX_LAYERS = 128
 
 _Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 # What file offsets and the records of images can hold.
@@ -255,8 +255,8 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
         )
     if len(manifest.layers) > MAX_LAYERS:
         raise LimitExceeded(
-            f"{what} names {len(manifest.layers)} layers, overlayfs takes {MAX_LAYERS}; "
-            "squash the image"
+            f"{what} has {len(manifest.layers)} layers, and {MAX_LAYERS} at most can be mounted "
+            "together; squash the image"
         )
     for layer in manifest.layers:
         if layer.media_type not in LAYER_MEDIA_TYPES:

@@ -109,7 +109,7 @@ class Store:
         return all(layer is not None and layer.complete for layer in layers)
 
     def percent(self, image: Image) -> int | None:
-        """How much of an image's layers is here, rounded down; None when all of it is."""
+        """How much of an image's layers is here; None when all of it is, and was verified."""
         sizes = {image.diff_ids[n]: layer.size for n, layer in enumerate(image.layers)}
         lacking, complete = 0, True
         for layer in self._layers_of(image):
@@ -118,7 +118,7 @@ class Store:
                 complete = False
                 lacking += max(0, sizes[layer.diff_id] - here)
         total = sum(sizes.values())
-        return None if complete else 100 * max(0, total - lacking) // max(1, total)
+        return None if complete else min(99, 100 * max(0, total - lacking) // max(1, total))
 
     def _layers_of(self, image: Image) -> list[Layer]:
         found = (self.layers.get(diff_id) for diff_id in dict.fromkeys(image.diff_ids))

@@ -49,7 +49,7 @@ class Directory(Node, gc=False):
 class Tree(msgspec.Struct, frozen=True, gc=False):
     """A layer's finished tree.
 
-    ``unresolved`` is a sentence about a hard link whose target is neither in the layer nor
+    ``unresolved`` is a sentence about a hard link whose target is neither before it nor
     below it; empty if there is none. ``borrowed`` are nodes whose content lies in a lower
     layer's data file. ``depends`` says that the tree would be another one over
     (other) lower layers; ``root_depends``, that the root directory's attributes would.

@@ -255,7 +255,7 @@ class Builder:
             self.depends = True
             self._unresolved = self._unresolved or (
                 f"{shown(entry.path)} in the layer is a hard link to {shown(entry.link)}, which is "
-                "neither in the layer nor below it; the image has to be built again"
+                "neither before it in the layer nor below that; the image has to be built again"
             )
             return None
         if type(target) is Directory:

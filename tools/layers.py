@@ -30,6 +30,11 @@ _LOST = (
     "ended, because they may have read zeros"
 )
 
+_DIED = (
+    "the process that serves incomplete layers was killed; a container that read of one then gets "
+    "I/O errors until it is started again"
+)
+
 # No process, or the kernel does not say which.
 _NOBODY = Caller(0, 0, 0)
 
@@ -123,15 +128,19 @@ class Follower:
 
     async def _restarted(self) -> None:
         with suppress(LayerServerFailed):  # it has died again, and the next one comes here too
-            if (await self._client.status()).method == "fuse":
-                await self._mount_anew(only_served=True)
+            if (await self._client.status()).method != "fuse":
+                return
+            if await self._mount_anew(only_served=True):
+                self._failures.add("images", "read", _NOBODY, errno.EIO, _DIED)
 
-    async def _mount_anew(self, *, only_served: bool) -> None:
+    async def _mount_anew(self, *, only_served: bool) -> bool:
+        """Whether anything was mounted."""
         forget = partial(self._rootfs.forget_layers, only_served=only_served)
         if not await trio.to_thread.run_sync(forget):
-            return
+            return False
         await self._automounts.detach_below("")
         await self._containers.detach_idle()
+        return True
 
 
 def _caller(pid: int) -> Caller:

@@ -12,7 +12,7 @@ common="fuse3 libfuse3-dev pkg-config gcc libc6-dev runc conmon python3-venv pyt
 quietly() {
     local log
     log=$(mktemp)
-    if ! "$@" >"$log" 2>&1 </dev/null; then
+    if ! "$@" >"$log" 2>&1 </dev/null 9<&-; then
         cat "$log" >&2
         rm -f "$log"
         echo "failed: $*" >&2
@@ -26,6 +26,11 @@ setup() {
         echo "run this as root: it mounts filesystems and runs containers" >&2
         exit 1
     fi
+    # One at a time: another script may be setting up the same checkout.
+    { flock 9; install_missing "$@"; } 9<"$top/tools/setup.sh"
+}
+
+install_missing() {
     local missing="" package
     for package in $common "$@"; do
         dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q "ok installed" ||
@@ -36,7 +41,7 @@ setup() {
         export DEBIAN_FRONTEND=noninteractive
         quietly apt-get update
         # shellcheck disable=SC2086
-        quietly apt-get install -y --no-install-recommends $missing
+        quietly apt-get install -o DPkg::Lock::Timeout=600 -y --no-install-recommends $missing
     fi
     local stamp
     stamp="$(sha256sum <"$top/pyproject.toml") $(/usr/bin/python3 -V) $top"

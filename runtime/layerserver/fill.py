@@ -11,6 +11,7 @@ import trio
 from store.errors import DigestMismatch, StoreError
 from store.fetcher import Fetcher, Slots
 from store.lazy import is_wanted
+from store.spans import SpanTable
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +86,10 @@ class Filler:
         return None
 
     def _may_fill(self, fetcher: Fetcher, now: float) -> bool:
-        """Whether a layer has not failed just now, and some image and the disk have room for it."""
+        """Whether some image has a layer, which did not fail just now."""
         if not fetcher.fillable or self._resting.get(fetcher, now) > now:
             return False
-        return is_wanted(fetcher.layer.directory) and _has_room(fetcher.layer.directory)
+        return is_wanted(fetcher.layer.directory)
 
     async def _step(self, fetcher: Fetcher) -> None:
         begin = time.monotonic()
@@ -97,8 +98,10 @@ class Filler:
         except StoreError as error:
             log.info("filling %s: %s", fetcher.layer.diff_id, error.sentence)
             wrong = isinstance(error, DigestMismatch)
-            pause = _RETRY_WRONG_SECONDS if wrong else _RETRY_SECONDS
-            self._resting[fetcher] = trio.current_time() + pause
+            self._rest(fetcher, _RETRY_WRONG_SECONDS if wrong else _RETRY_SECONDS)
+            return
+        if not count:  # the disk is full
+            self._rest(fetcher, _RETRY_SECONDS)
             return
         seconds = time.monotonic() - begin
         wanted = count / max(seconds, 0.001) * _REQUEST_SECONDS
@@ -106,19 +109,35 @@ class Filler:
         if self.rate:
             await trio.sleep(max(0.0, count / self.rate - seconds))
 
+    def _rest(self, fetcher: Fetcher, seconds: float) -> None:
+        self._resting[fetcher] = trio.current_time() + seconds
+
     async def _bring(self, fetcher: Fetcher) -> int:
-        """Fetch the next missing bytes; how many they were."""
+        """Fetch the next missing bytes for which the disk has room; how many they were."""
         layer, table = fetcher.layer, fetcher.layer.table
         first = layer.next_absent(0)
         start = table.range_of(first)[0]
         length = min(self._length, self.rate or self._length)
         stop = min(table.stop_at(start + length), layer.next_present(first))
-        await fetcher.bring(range(first, stop), self._limiter, blob=True)
-        return table.range_of(stop - 1)[1] - start
+        spans = _fitting(table, range(first, stop), _room(layer.directory))
+        if not spans:
+            return 0
+        await fetcher.bring(spans, self._limiter, blob=True)
+        return table.range_of(spans[-1])[1] - start
 
 
-def _has_room(directory: Path) -> bool:
-    """Whether readers and containers are left some room on the disk."""
+def _room(directory: Path) -> int:
+    """Bytes of the disk that neither hold anything nor are left to readers and containers."""
     disk = os.statvfs(directory)
     reserve = min(_RESERVE, disk.f_blocks * disk.f_frsize // 20)
-    return disk.f_bavail * disk.f_frsize > reserve
+    return disk.f_bavail * disk.f_frsize - reserve
+
+
+def _fitting(table: SpanTable, spans: range, room: int) -> range:
+    """The first of these spans: as many as there is room for, with what comes out of them."""
+    for number in spans:
+        span = table.span(number)
+        room -= span.end - span.start + span.size
+        if room < 0:
+            return range(spans.start, number)
+    return spans

@@ -535,7 +535,7 @@ def test_hard_links_to_nowhere(codec: Codec, links: dict[str, str]) -> None:
         builder.add(item)
     tree = builder.finish()
     assert not tree.root.children
-    assert "neither in the layer nor below" in tree.unresolved
+    assert "neither before it in the layer nor below" in tree.unresolved
 
 
 # --- tables that are not there ------------------------------------------------------------
