@@ -144,7 +144,8 @@ class Fetcher:
 
     Attributes:
         doubts: so often was the whole blob found wrong, and some of it has to come again.
-        repaired: contents on the disk were found wrong once, and written again.
+        repaired: whether contents on the disk were found wrong and written again; None before they
+            were compared with a right blob.
         fillable: the rest may come by itself: it is known by now what other layers have of it.
         refused: why the blob was found wrong for good; empty if it was not.
     """
@@ -162,7 +163,7 @@ class Fetcher:
     ) -> None:
         self.layer = layer
         self.doubts = 0
-        self.repaired = False
+        self.repaired: bool | None = None
         self.fillable = False
         self.refused = ""
         self._source = source

@@ -60,6 +60,8 @@ _HEAD = struct.Struct("<8s16sQ")
 _HERE, _BORROWED, _CONTENTS = 3, 5, 6
 _HAS = bytes((_HERE, _BORROWED, _CONTENTS))
 _STATES = b"\0" + _HAS
+# The same without the blob's bytes.
+_WITHOUT_BLOB = bytes(_CONTENTS if state in _HAS else 0 for state in range(256))
 # Whatever else stands there, by damage to the file, is nothing that is here.
 _KEPT = re.compile(b"[\3\5]")
 _NOT_KEPT = re.compile(b"[^\3\5]")
@@ -415,12 +417,10 @@ class LazyLayer:
                 continue
             kept, borrowed = self.keeps(number), self._is_borrowed(number)
             self.forget(number)
-            start, end = self.table.range_of(number)
             if kept and self.table.can_verify(number):
                 # What holds no contents can't be verified alone, and is short.
-                blob = memoryview(os.pread(self._blob, end - start, start))
                 with suppress(DigestMismatch):
-                    self.take(number, blob, borrowed=borrowed)
+                    self.take(number, self._pread(number), borrowed=borrowed)
         self.data.sync()
         os.fsync(self._blob)
         self._present[8:24] = _boot_id()
@@ -488,35 +488,54 @@ class LazyLayer:
     def forget_blob(self) -> bool:
         """Forget the blob's bytes, but not the contents: other bytes may inflate to the same.
         Whether there are any that were verified by what comes out of them."""
-        if self.table.in_order:  # each span was verified by its own bytes
+        if self.table.in_order:  # each span was verified by its bytes
             return False
+        unverified = [n for n in range(self.table.spans) if self.table.is_empty(n)]
         with self._lock:
-            for number in range(self.table.spans):
-                verified = self.has(number) and self.table.can_verify(number)
-                self._present[_HEAD.size + number] = _CONTENTS if verified else 0
+            states = self._present[_HEAD.size :].translate(_WITHOUT_BLOB)
+            self._present[_HEAD.size :] = states
+            for number in unverified:
+                self._present[_HEAD.size + number] = 0
             self._set_fetched(0)
             self._here_before = 0
         return True
 
-    def repair(self) -> bool:
+    def repair(self, cancelled: Callable[[], bool]) -> bool:
         """Write contents again that the disk does not have as they were written; whether there
         were any. All of the blob must be here and right.
 
         Raises:
             DigestMismatch: the contents in the blob are others than the layer's table says.
+            CorruptContent: that is damaged.
             StorageFailed: the disk failed.
+            PullCancelled: ``cancelled()`` returned true.
         """
         repaired = False
         for number in range(self.table.spans):
-            start, end = self.table.range_of(number)
-            blob = memoryview(os.pread(self._blob, end - start, start))
-            for piece, content in self.verified(number, blob):
+            if cancelled():
+                raise PullCancelled("the layer is not mended yet")
+            if not self.table.is_empty(number):  # else it is as long as it likes
+                repaired |= self._repair(number)
+        return repaired
+
+    def _repair(self, number: int) -> bool:
+        repaired = False
+        with storage(f"mending the layer in {self.directory}"):
+            for piece, content in self.verified(number, self._pread(number)):
                 if self.read(piece.target, piece.size) != content:
                     self.write_contents(piece.target, content)
                     repaired = True
         return repaired
 
+    def _pread(self, number: int) -> memoryview:
+        """What the blob has of a span, be it here or not."""
+        start, end = self.table.range_of(number)
+        return memoryview(os.pread(self._blob, end - start, start))
+
     def _is_doubtful(self, number: int) -> bool:
+        if self.table.in_order:  # each was verified by its own bytes, which the disk may have lost
+            digest = hashlib.sha256(self._pread(number)).digest()
+            return digest != self.table.span(number).digest
         if not self.table.can_verify(number):
             return True
         blob = self.read_blob(number)

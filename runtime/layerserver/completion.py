@@ -6,10 +6,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-import trio
-
 from store.cas import Cas
-from store.errors import DigestMismatch, PullCancelled, StorageFailed, StoreError, WrongBlob
+from store.errors import (
+    CorruptContent,
+    DigestMismatch,
+    PullCancelled,
+    StorageFailed,
+    StoreError,
+    WrongBlob,
+)
 from store.fetcher import Fetcher
 from store.lazy import LazyLayer
 from store.priority import Nicely
@@ -42,17 +47,15 @@ async def complete(fetcher: Fetcher, cas: Cas) -> None:
     except (StorageFailed, PullCancelled):
         raise
     except StoreError as error:
-        if not await trio.to_thread.run_sync(_begin_again, fetcher, error):
+        begin_again = partial(_begin_again, fetcher, error, cancelled.is_set)
+        if not await interruptible(begin_again, cancelled.set):
             layer.refuse(error.sentence)
             fetcher.refused = error.sentence
 
 
-def _begin_again(fetcher: Fetcher, error: StoreError) -> bool:
-    """Forget what may be wrong, or mend it; whether there was anything. Blocks.
-
-    Raises:
-        StorageFailed: the disk failed.
-    """
+def _begin_again(fetcher: Fetcher, error: StoreError, cancelled: Callable[[], bool]) -> bool:
+    """Forget what may be wrong, or mend it; whether there was anything. Blocks. Raises
+    as ``complete``."""
     layer = fetcher.layer
     if isinstance(error, WrongBlob):
         # Contents have been verified by their own digests. Other bytes may have come from another
@@ -64,11 +67,10 @@ def _begin_again(fetcher: Fetcher, error: StoreError) -> bool:
                 log.warning("%s; some of it is fetched again", error.sentence)
                 return True
         return False
-    if fetcher.repaired:
+    if fetcher.repaired is not None:
         return False
-    fetcher.repaired = True
-    with suppress(DigestMismatch), Nicely():
-        if layer.repair():
-            log.warning("the disk lost contents of %s, which are written again", layer.diff_id)
-            return True
-    return False
+    repaired = False
+    with suppress(DigestMismatch, CorruptContent), Nicely():
+        repaired = layer.repair(cancelled)
+    fetcher.repaired = repaired
+    return repaired

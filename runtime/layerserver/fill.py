@@ -8,7 +8,7 @@ from pathlib import Path
 
 import trio
 
-from store.errors import DigestMismatch, StoreError
+from store.errors import DigestMismatch, StoreError, storage
 from store.fetcher import Fetcher, Slots
 from store.lazy import is_wanted
 from store.spans import SpanTable
@@ -127,8 +127,10 @@ class Filler:
 
 
 def _room(directory: Path) -> int:
-    """Bytes of the disk that neither hold anything nor are left to readers and containers."""
-    disk = os.statvfs(directory)
+    """Bytes of the disk that neither hold anything nor are left to readers and containers. Raises
+    StorageFailed."""
+    with storage(f"looking at the disk of {directory}"):
+        disk = os.statvfs(directory)
     reserve = min(_RESERVE, disk.f_blocks * disk.f_frsize // 20)
     return disk.f_bavail * disk.f_frsize - reserve
 

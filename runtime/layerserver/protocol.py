@@ -97,13 +97,14 @@ class Report(msgspec.Struct, tag=True, frozen=True):
 Answer = Done | Device | Failure | Report
 
 
-Kind = Literal["complete", "refused", "damaged", "failed", "attack", "lost"]
+Kind = Literal["complete", "refused", "damaged", "failed", "attack", "lost", "repaired"]
 
 
 class News(msgspec.Struct, frozen=True):
     """Something happened to a layer: it is ``complete``, its blob was ``refused`` as a whole, its
     files are ``damaged``, a read ``failed``, bytes were wrong (``attack``), or for a while nobody
-    guarded it while it was mounted, so that who read it may have read zeros (``lost``).
+    guarded it while it was mounted, so that who read it may have read zeros (``lost``), as from a
+    disk that had lost contents, which were written again (``repaired``).
 
     What failed was a read at ``offset`` of the data file, by process ``pid``, or 0 if that is not
     known.

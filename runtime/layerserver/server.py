@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -260,11 +261,13 @@ class LayerServer:
         fetcher.fillable = True
         self._filler.wake()
 
-    async def _enter(self) -> None:
-        """Have layers lend, and know what they can borrow."""
+    async def _enter(self, *layers: LazyLayer) -> None:
+        """Have layers lend, and know what they can borrow: these and those that wait for it."""
         async with self._entering:
-            while self._to_enter:
-                await trio.to_thread.run_sync(self._lender.add, self._to_enter.pop())
+            for layer in dict.fromkeys((*self._to_enter, *layers)):
+                await trio.to_thread.run_sync(self._lender.add, layer)
+                with suppress(ValueError):
+                    self._to_enter.remove(layer)
 
     def _source(self, layer: LazyLayer) -> Source:
         """Where the layer comes from. Layers of one image share it with its connections, and
@@ -311,6 +314,9 @@ class LayerServer:
         elif fetcher.refused:
             log.error("the layer %s: %s", layer.diff_id, fetcher.refused)
             self._talks.tell(News("refused", layer.diff_id, fetcher.refused))
+        elif fetcher.repaired:
+            log.error("the disk lost contents of %s; they were written again", layer.diff_id)
+            self._talks.tell(News("repaired", layer.diff_id))
 
     def _failed(self, diff_id: Digest, error: StoreError, reading: Reading) -> None:
         kind: protocol.Kind = "attack" if isinstance(error, DigestMismatch) else "failed"
@@ -362,7 +368,7 @@ class LayerServer:
         if ranges is not None:
             await fetch_ranges(fetcher, ranges)
             return
-        await self._enter()
+        await self._enter(layer)
         while not layer.complete:
             if fetcher.refused:
                 raise CorruptContent(fetcher.refused)

@@ -618,6 +618,7 @@ async def test_contents_that_the_disk_lost_are_written_again(
             data.write(bytes(CHUNK + 1))
         asked = bytes_asked(front)
         await site.client.complete(DIFF_ID)
+        await site.told("repaired")
         assert site.store.percent(image) is None
         assert bytes_asked(front) - asked < CHUNK  # what lies between contents
         async with mounted_layer(site, image) as target:

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from store.cas import Digest
-from store.errors import DigestMismatch, InvalidLayer, RegistryTimeout, StoreError
+from store.errors import DigestMismatch, InvalidLayer, RegistryTimeout, StoreError, WrongBlob
 from store.fetcher import AGAIN_SECONDS
 from store.index_document import decode_index, encode_index
 from store.layer_index import LayerIndex
@@ -33,7 +33,7 @@ from tests.support.indexing import (
 )
 from tests.support.layouts import ZSTD, tar_of
 from tests.support.proxy import Exchange, Proxy
-from tests.support.spans import OneFrame, one_frame, skippable
+from tests.support.spans import OneFrame, one_frame, skippable, take_all
 
 MIB = 1 << 20
 
@@ -258,6 +258,28 @@ async def test_filling_from_several_sides(place: Place, proxy: Proxy, made: OneF
         nursery.start_soon(fetcher.read, place_of(made, "last"), 10)
     assert place.whole == 1
     assert disjoint(asked(proxy))
+
+
+def test_what_the_disk_lost_is_mended(place: Place, made: OneFrame) -> None:
+    place.add()
+    layer = place.open()
+    take_all(layer, made.blob)
+    with (layer.directory / "blob").open("r+b") as blob:
+        blob.seek(MIB)
+        blob.write(bytes(100))
+    with pytest.raises(WrongBlob):
+        layer.verify(lambda: False)
+    assert layer.forget_unverified()
+    start, end = layer.table.range_of(layer.next_absent(0))
+    assert start <= MIB < end
+    take_all(layer, made.blob)
+    layer.data.write(place_of(made, "larger"), memoryview(bytes(2 * MIB)))
+    with pytest.raises(DigestMismatch, match="other contents"):
+        layer.verify(lambda: False)
+    assert layer.repair(lambda: False)
+    assert not layer.repair(lambda: False)
+    layer.verify(lambda: False)
+    layer.close()
 
 
 async def test_a_restart_goes_on_where_it_was(place: Place, proxy: Proxy, made: OneFrame) -> None:
