@@ -331,6 +331,10 @@ class LazyLayer:
         """The bytes of a span as the registry sent them; None if it did not."""
         if self._present[_HEAD.size + number] != _HERE:
             return None
+        return self._pread(number)
+
+    def _pread(self, number: int) -> bytes:
+        """What the blob has of a span, be it here or not."""
         start, end = self.table.range_of(number)
         return os.pread(self._blob, end - start, start)
 
@@ -420,7 +424,7 @@ class LazyLayer:
             if kept and self.table.can_verify(number):
                 # What holds no contents can't be verified alone, and is short.
                 with suppress(DigestMismatch):
-                    self.take(number, self._pread(number), borrowed=borrowed)
+                    self.take(number, memoryview(self._pread(number)), borrowed=borrowed)
         self.data.sync()
         os.fsync(self._blob)
         self._present[8:24] = _boot_id()
@@ -521,16 +525,11 @@ class LazyLayer:
     def _repair(self, number: int) -> bool:
         repaired = False
         with storage(f"mending the layer in {self.directory}"):
-            for piece, content in self.verified(number, self._pread(number)):
+            for piece, content in self.verified(number, memoryview(self._pread(number))):
                 if self.read(piece.target, piece.size) != content:
                     self.write_contents(piece.target, content)
                     repaired = True
         return repaired
-
-    def _pread(self, number: int) -> memoryview:
-        """What the blob has of a span, be it here or not."""
-        start, end = self.table.range_of(number)
-        return memoryview(os.pread(self._blob, end - start, start))
 
     def _is_doubtful(self, number: int) -> bool:
         if self.table.in_order:  # each was verified by its own bytes, which the disk may have lost

@@ -109,7 +109,7 @@ class Store:
         return all(layer is not None and layer.complete for layer in layers)
 
     def percent(self, image: Image) -> int | None:
-        """How much of an image's layers is here; None when all of it is, and was verified."""
+        """Percent of an image's layers that are here, rounded down; None when all is verified."""
         sizes = {image.diff_ids[n]: layer.size for n, layer in enumerate(image.layers)}
         lacking, complete = 0, True
         for layer in self._layers_of(image):

@@ -35,11 +35,6 @@ _DIED = (
     "I/O errors until it is started again"
 )
 
-_REPAIRED = (
-    "the disk had lost contents of this layer, which are written again; start containers that use "
-    "it again, and have the disk looked at"
-)
-
 # No process, or the kernel does not say which.
 _NOBODY = Caller(0, 0, 0)
 
@@ -90,7 +85,7 @@ class Follower:
                 self._failed(News("lost", diff_id, _LOST), self._path(diff_id), _NOBODY)
             case "repaired":
                 self._nursery.start_soon(partial(self._mount_anew, only_served=False))
-                self._failed(News("repaired", diff_id, _REPAIRED), self._path(diff_id), _NOBODY)
+                self._failed(news, self._path(diff_id), _NOBODY)
             case "failed" | "attack":
                 self._nursery.start_soon(self._read_failed, news)
 

@@ -33,7 +33,7 @@ async def complete(fetcher: Fetcher, cas: Cas) -> None:
     """Verify the whole blob and what it unpacks to, and move it to the store's content.
 
     Afterwards the layer is ``complete``, or ``fetcher.refused`` says why it never will be, or
-    some of it is missing again.
+    some of it is missing again, or ``fetcher.repaired`` and to be verified once more.
 
     Raises:
         StorageFailed: the disk failed.

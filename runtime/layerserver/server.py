@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -71,6 +70,10 @@ _LOOK_SECONDS = 0.5
 _LISTING_SECONDS = 50e-6
 # … and nobody lists millions of them.
 _LISTING_MAX_SECONDS = 5.0
+_REPAIRED = (
+    "the disk had lost contents of this layer, which are written again; start containers that use "
+    "it again, and have the disk looked at"
+)
 # Requests in the time that a reader waits, if all stall.
 _ATTEMPTS = 2
 
@@ -97,7 +100,7 @@ class LayerServer:
         self._fetchers: dict[Digest, Fetcher] = {}
         self._serving, self._why = _choose(root, run, config, self._by_name)
         self._lender = Lender(self._layers, self._cas, self._lazy_layer)
-        self._to_enter: list[LazyLayer] = []
+        self._to_enter: set[LazyLayer] = set()
         self._entering = trio.Lock()
         self._completing = trio.Lock()
         self._talks = Conversations(run, self._answer)
@@ -252,7 +255,7 @@ class LayerServer:
         to enter, which the container that starts now must not wait for."""
         layer = fetcher.layer
         await self._enter()
-        self._to_enter.append(layer)
+        self._to_enter.add(layer)
         if end := layer.table.prefetch_end:
             await self._prefetch(fetcher, [range(layer.table.stop_at(end))])
         await trio.sleep(min(_LISTING_SECONDS * layer.table.pieces, _LISTING_MAX_SECONDS))
@@ -264,10 +267,9 @@ class LayerServer:
     async def _enter(self, *layers: LazyLayer) -> None:
         """Have layers lend, and know what they can borrow: these and those that wait for it."""
         async with self._entering:
-            for layer in dict.fromkeys((*self._to_enter, *layers)):
+            for layer in self._to_enter.union(layers):
                 await trio.to_thread.run_sync(self._lender.add, layer)
-                with suppress(ValueError):
-                    self._to_enter.remove(layer)
+                self._to_enter.discard(layer)
 
     def _source(self, layer: LazyLayer) -> Source:
         """Where the layer comes from. Layers of one image share it with its connections, and
@@ -315,8 +317,8 @@ class LayerServer:
             log.error("the layer %s: %s", layer.diff_id, fetcher.refused)
             self._talks.tell(News("refused", layer.diff_id, fetcher.refused))
         elif fetcher.repaired:
-            log.error("the disk lost contents of %s; they were written again", layer.diff_id)
-            self._talks.tell(News("repaired", layer.diff_id))
+            log.error("the layer %s: %s", layer.diff_id, _REPAIRED)
+            self._talks.tell(News("repaired", layer.diff_id, _REPAIRED))
 
     def _failed(self, diff_id: Digest, error: StoreError, reading: Reading) -> None:
         kind: protocol.Kind = "attack" if isinstance(error, DigestMismatch) else "failed"

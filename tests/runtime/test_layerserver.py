@@ -391,7 +391,7 @@ def layer_cut(site: Site) -> tuple[int, int]:
     """Where the layer's second data file begins, and their size."""
     layer = site.store.layers.present(DIFF_ID)
     (cut,) = layer.record.cuts
-    return cut, layer.data_size
+    return cut, layer_size(site)
 
 
 def layer_size(site: Site) -> int:
@@ -569,12 +569,17 @@ def spoiled(front: Proxy, place: int) -> faults.Fault:
     return fault
 
 
+def range_for(site: Site, offset: int) -> tuple[int, int]:
+    """Which bytes of the blob hold a place in the data."""
+    layer = LazyLayer(site.store.layers.present(DIFF_ID).directory, DIFF_ID)
+    found = layer.table.range_of(layer.table.spans_for(offset, 1)[0])
+    layer.close()
+    return found
+
+
 def behind_contents(site: Site) -> int:
     """A byte of the blob that holds a tar header: of which no content's digest tells."""
-    layer = LazyLayer(site.store.layers.present(DIFF_ID).directory, DIFF_ID)
-    _, end = layer.table.range_of(layer.table.spans_for(40 * CHUNK, 1)[0])
-    layer.close()
-    return end - 20
+    return range_for(site, 40 * CHUNK)[1] - 20
 
 
 async def test_all_of_a_layer_at_once_comes_from_another_where_that_has_it(
@@ -598,11 +603,8 @@ async def test_other_bytes_that_inflate_to_the_same_come_again(
 ) -> None:
     """Nothing but the digest of the whole blob tells of the system in a gzip header."""
     async with served(tmp_path, front, name) as (site, image):
-        layer = LazyLayer(site.store.layers.present(DIFF_ID).directory, DIFF_ID)
-        start, _ = layer.table.range_of(layer.table.spans_for(CHUNK, 1)[0])
-        layer.close()
-        front.on("/blobs/", spoiled(front, start + 9))
-        await site.client.fetch(DIFF_ID, ((0, layer.size),))
+        front.on("/blobs/", spoiled(front, range_for(site, CHUNK)[0] + 9))
+        await site.client.fetch(DIFF_ID, ((0, layer_size(site)),))
         front.heal()
         await site.client.complete(DIFF_ID)
         assert site.store.percent(image) is None
